@@ -1,0 +1,164 @@
+"""What can be probed: the data sets by name, and the user's own by path.
+
+One table, `DATA`, is the source of every name. A reader is imported when its items are asked for, so that listing costs nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+from unisonde.data.item import TASKS, Item, Task
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set, not yet read.
+
+    Attributes:
+        name: what `open_data` takes; measurements carry it.
+        summary: what it holds, in a line.
+        tasks: what its items can ask of a model.
+        licence: whose it is and on what terms, in a line.
+        loader: `module:function`. A data set with splits is drawn by `function(task, split=..., seed=...)`; any other is read by
+            `function()`, or by `function(path)` if it has a path.
+        splits: the names of its parts, the default one first; empty if it has none.
+        split: the part that the name asked for (`tabletop:compositional`), if it did.
+        path: where the user's own data is.
+    """
+
+    name: str
+    summary: str
+    tasks: tuple[Task, ...]
+    licence: str
+    loader: str
+    splits: tuple[str, ...] = ()
+    split: str | None = None
+    path: Path | None = None
+
+    def items(self, task: Task, split: str | None = None, seed: int = 0) -> list[Item]:
+        """The items that suit a task: all for `text`; for `image`, those whose prompt is text alone.
+
+        Args:
+            split: one of `splits`; by default the one in the name, else the first.
+            seed: of data sets that are drawn; it does nothing to those that are read.
+
+        Raises:
+            ValueError: an unknown task or split, no suitable item, or whatever the reader finds wrong.
+        """
+        if task not in TASKS:
+            raise ValueError(f"the task must be one of {', '.join(TASKS)}, got {task!r}")
+        if task not in self.tasks:
+            raise ValueError(f"{self.name} has no items for task {task!r}, only for {', '.join(self.tasks)}")
+        if split is not None:
+            _check_split(self, split)
+        load = self._load()
+        if self.splits:
+            found = load(task, split=split or self.split or self.splits[0], seed=seed)
+        else:
+            found = load() if self.path is None else load(self.path)
+        suitable = [item for item in found if task == "text" or item.modality == "text"]
+        if not suitable:
+            raise ValueError(f"all {len(found)} items of {self.name} have an image prompt; task 'image' needs text prompts")
+        return suitable
+
+    def _load(self) -> Callable[..., list[Item]]:
+        module, _, function = self.loader.partition(":")
+        return getattr(import_module(module), function)
+
+
+DATA: dict[str, DataSet] = {
+    data.name: data
+    for data in (
+        DataSet(
+            name="tabletop",
+            summary="rendered scenes of coloured shapes, described, asked about and judged exactly",
+            tasks=("text", "image"),
+            licence="drawn by unisonde, under its licence",
+            loader="unisonde.data.tabletop:items",
+            splits=("test", "train", "compositional"),
+        ),
+        DataSet(
+            name="t2i-corebench",
+            summary="1,080 prompts that ask for composition and reasoning, in twelve dimensions",
+            tasks=("text", "image"),
+            licence="Apache-2.0, KwaiVGI/T2I-CoReBench (arXiv 2509.03516); not part of the package",
+            loader="unisonde.data.corebench:read",
+        ),
+        DataSet(
+            name="prompts",
+            summary="64 everyday prompts: composition, deductive, inductive and abductive",
+            tasks=("text", "image"),
+            licence="written for unisonde, under its licence",
+            loader="unisonde.data.prompts:read",
+        ),
+    )
+}
+"""Every data set that has a name."""
+
+
+def open_data(name_or_path: str | Path) -> DataSet:
+    """The data set of a name in `DATA` (with a split, if wanted: `tabletop:compositional`), or of a path.
+
+    A path is a `.jsonl` file or a folder (`unisonde.data.folder`), or a folder with the files of T2I-CoReBench. A name goes before
+    a path: write `./prompts` for a folder called `prompts`. `open_data(data.name)` opens the same data again.
+
+    Raises:
+        ValueError: neither a name nor a path, or a split that the data set has not got.
+    """
+    if isinstance(name_or_path, str):
+        name, colon, split = name_or_path.partition(":")
+        if name in DATA:
+            if not colon:
+                return DATA[name]
+            _check_split(DATA[name], split)
+            return replace(DATA[name], name=name_or_path, split=split)
+    path = Path(name_or_path).expanduser()
+    if not str(name_or_path).strip() or not path.exists():
+        raise ValueError(_unknown(str(name_or_path)))
+    return _open_path(path, str(name_or_path))
+
+
+def _open_path(path: Path, given: str) -> DataSet:
+    from unisonde.data.corebench import DIMENSIONS
+
+    if path.is_file() and path.suffix.lower() != ".jsonl":
+        raise ValueError(
+            f"{path} is neither a folder nor a .jsonl file; put the prompts, one JSON object a line, into a .jsonl file"
+        )
+    name = f"./{given}" if given.partition(":")[0] in DATA else given
+    if any((path / f"{dimension}.json").is_file() for dimension in DIMENSIONS):
+        return replace(DATA["t2i-corebench"], name=name, path=path)
+    return DataSet(
+        name=name,
+        summary="your own prompts and pictures",
+        tasks=TASKS,
+        licence="your own",
+        loader="unisonde.data.folder:read",
+        path=path,
+    )
+
+
+def _check_split(data: DataSet, split: str) -> None:
+    if not data.splits:
+        raise ValueError(f"{data.name} has no splits, got {split!r}; leave it out")
+    if split not in data.splits:
+        raise ValueError(f"{data.name} has no split {split!r}; it has {', '.join(data.splits)}")
+
+
+def _unknown(given: str) -> str:
+    near = difflib.get_close_matches(given.partition(":")[0].lower(), DATA, n=2, cutoff=0.5)
+    known = f"the nearest name is {' or '.join(near)}" if near else f"the names are {', '.join(DATA)}"
+    return f"no data set and no path is called {given!r}: {known}; for your own data give the path of a folder or a .jsonl file"
+
+
+def data_digest(items: Iterable[Item]) -> str:
+    """sha256 over the items' digests in their order: equal for two runs that show a model the same input."""
+    digests = hashlib.sha256()
+    for item in items:
+        digests.update(item.digest().encode())
+    return digests.hexdigest()

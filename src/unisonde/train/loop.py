@@ -1,0 +1,132 @@
+"""One training loop for everything trained here: deterministic by seed, resumable after a kill, with loss and throughput in sight.
+
+The loop never holds data: `loss(step)` draws the batch of that step from a generator seeded by the step, so a run that goes on where
+it was killed sees the batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+SAVE_EVERY_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps, and a learning rate that rises linearly over `warmup` steps and then falls to zero as a half cosine."""
+
+    steps: int
+    rate: float
+    warmup: int = 100
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def rate_at(self, step: int) -> float:
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        return self.rate * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+def fit(
+    name: str,
+    network: nn.Module,
+    loss: Callable[[int], Tensor],
+    schedule: Schedule,
+    checkpoint: Path,
+    samples: int,
+    parameters: list[nn.Parameter] | None = None,
+    after: Callable[[int], None] | None = None,
+) -> float:
+    """Train `network` in place with AdamW; go on from `checkpoint` if it exists.
+
+    Args:
+        loss: the loss of one step, a scalar.
+        samples: sequences a step, for the throughput shown.
+        parameters: what is trained; all of the network if None.
+        after: called with the step's number after each update.
+
+    Returns:
+        Seconds of training, those before a kill included.
+    """
+    trained = parameters or list(network.parameters())
+    decayed = [p for p in trained if p.ndim > 1]
+    plain = [p for p in trained if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=schedule.rate, betas=(0.9, 0.98))
+    step, spent = 0, 0.0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, spent = saved["step"], saved["seconds"]
+
+    def save() -> None:
+        state = {
+            "network": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "seconds": spent + time.monotonic() - begun,
+        }
+        temporary = checkpoint.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, checkpoint)
+
+    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")]
+    figures = [TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[rate]:.0f}/s")]
+    begun = saved_at = time.monotonic()
+    smooth: float | None = None
+    with Progress(*columns, *figures, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        bar = progress.add_task(name, total=schedule.steps, completed=step, loss=float("nan"), rate=0.0)
+        started_at = step
+        try:
+            while step < schedule.steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule.rate_at(step)
+                value = loss(step)
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()
+                nn.utils.clip_grad_norm_(trained, schedule.clip)
+                optimizer.step()
+                if after is not None:
+                    after(step)
+                step += 1
+                if step % 10 == 0 or step == schedule.steps:
+                    now = float(value.detach())
+                    if not math.isfinite(now):
+                        raise ArithmeticError(f"the loss of {name} is {now} at step {step}; lower the learning rate")
+                    smooth = now if smooth is None else 0.9 * smooth + 0.1 * now
+                    pace = (step - started_at) * samples / (time.monotonic() - begun)
+                    progress.update(bar, completed=step, loss=smooth, rate=pace)
+                if time.monotonic() - saved_at > SAVE_EVERY_SECONDS:
+                    save()
+                    saved_at = time.monotonic()
+        except KeyboardInterrupt:
+            save()
+            raise
+    save()
+    return spent + time.monotonic() - begun
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The dtype of mixed precision on this CPU or GPU: `auto` takes bfloat16 where the hardware multiplies in it; None is float32.
+
+    Raises:
+        ValueError: `precision` is none of `auto`, `bf16`, `fp32`.
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"the precision is auto, bf16 or fp32; got {precision!r}")
+    if precision == "fp32":
+        return None
+    if precision == "bf16" or (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
+        return torch.bfloat16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else None
