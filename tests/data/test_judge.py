@@ -10,6 +10,7 @@ import inspect
 import io
 import math
 import random
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -19,8 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from scipy.ndimage import gaussian_filter
 
-from unisonde.data.tabletop import judge as judge_module
-from unisonde.data.tabletop.judge import Seen, judge, read, read_all
+from unisonde.data.tabletop.judge import _KINDS, Seen, _area, judge, read, read_all
 from unisonde.data.tabletop.render import coverage, render, render_array
 from unisonde.data.tabletop.scene import (
     BACKGROUNDS,
@@ -89,17 +89,18 @@ def crowded_scenes(count: int) -> list[Scene]:
     ("shape", "share"), [("square", 1), ("circle", math.pi / 4), ("triangle", 1 / 2), ("cross", 5 / 9), ("ring", 3 * math.pi / 16)]
 )
 def test_the_area_of_a_shape_is_the_closed_form(shape: str, size: str, share: float) -> None:
-    assert judge_module._area(shape, size).sum() == pytest.approx(share * SIZES[size] ** 2, rel=3e-4)
+    assert _area(shape, size).sum() == pytest.approx(share * SIZES[size] ** 2, rel=3e-4)
 
 
 def test_the_judge_shares_no_code_with_the_renderer() -> None:
-    imported = [node for node in ast.walk(ast.parse(inspect.getsource(judge_module))) if isinstance(node, ast.ImportFrom)]
+    source = inspect.getsource(sys.modules[judge.__module__])
+    imported = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     assert {node.module for node in imported if (node.module or "").startswith("unisonde")} == {
         "unisonde.data.item",
         "unisonde.data.tabletop.scene",
     }
-    for kind in judge_module._KINDS:  # the renderer counts 8 x 8 points a pixel
-        np.testing.assert_allclose(judge_module._area(*kind), coverage(*kind), atol=1 / 16)
+    for kind in _KINDS:  # the renderer counts 8 x 8 points a pixel
+        np.testing.assert_allclose(_area(*kind), coverage(*kind), atol=1 / 16)
 
 
 def test_every_single_thing_is_read() -> None:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .ceilings import entropy_ceiling, joint_ceiling
 from .estimate import Estimate
+from .lanczos import CROSSOVER, LEAST, renyi_lanczos
 from .protocol import DEFAULT, Protocol
 from .spectrum import Spectrum, settle
 from .states import Array, as_gram, as_pair, as_states
@@ -101,8 +103,12 @@ def gram_entropy(gram: Array, protocol: Protocol = DEFAULT) -> Estimate:
     matrix = as_gram(gram)
     n = len(matrix)
     matrix.diagonal().add_(protocol.ridge)
-    values = settle(torch.linalg.eigvalsh(matrix / matrix.diagonal().sum()))
-    return _estimate(float(renyi(values, protocol.alpha)) / protocol.unit, math.log(n) / protocol.unit, n, protocol)
+    matrix /= matrix.diagonal().sum()
+    ceiling = math.log(n) / protocol.unit
+    if uses_lanczos(n, replace(protocol, kernel="gaussian")):
+        value, stderr = renyi_lanczos(matrix, protocol.alpha, protocol.seed)
+        return Estimate(value / protocol.unit, ceiling, stderr / protocol.unit, n, protocol.units, "lanczos")
+    return _estimate(float(renyi(settle(torch.linalg.eigvalsh(matrix)), protocol.alpha)) / protocol.unit, ceiling, n, protocol)
 
 
 def renyi(eigenvalues: Tensor, alpha: float) -> Tensor:
@@ -128,8 +134,8 @@ def _union(prompt: Array, response: Array, protocol: Protocol) -> tuple[Spectrum
 
 def _entropy(spectrum: Spectrum, protocol: Protocol) -> Estimate:
     """The entropy of one set with its own bandwidth."""
-    value = _value(spectrum, spectrum.bandwidth(protocol), protocol)
-    return _estimate(value, _ceiling(spectrum, protocol), spectrum.n, protocol)
+    ceiling = entropy_ceiling(spectrum.n, protocol, rank=_rank(spectrum), trace=_trace(spectrum, protocol))
+    return _take(spectrum, spectrum.bandwidth(protocol), protocol, ceiling)
 
 
 def _response_level(union: Spectrum, split: int, protocol: Protocol, alone: Spectrum | None = None) -> dict[str, Estimate]:
@@ -138,15 +144,13 @@ def _response_level(union: Spectrum, split: int, protocol: Protocol, alone: Spec
         return _subsampled(union, split, protocol)
     sigma = union.bandwidth(protocol)
     if protocol.bandwidth_from == "own":
-        alone = union.alone(slice(0, split)) if alone is None else alone
-        term = _entropy(alone, protocol)
+        term = _entropy(union.alone(slice(0, split)) if alone is None else alone, protocol)
     else:
         rows = slice(0, split)
-        value = _value(union, sigma, protocol, rows=rows)
         ceiling = entropy_ceiling(split, protocol, by_rule=False, rank=_rank(union, split), trace=_trace(union, protocol, rows))
-        term = _estimate(value, ceiling, split, protocol)
+        term = _take(union, sigma, protocol, ceiling, rows=rows)
     ceiling = joint_ceiling(split, union.n - split, protocol, rank=_rank(union), trace=_trace(union, protocol))
-    joint = _estimate(_value(union, sigma, protocol, split=split), ceiling, union.n, protocol)
+    joint = _take(union, sigma, protocol, ceiling, split=split)
     return {"joint_entropy": joint, "prompt_term": term, "conditional_entropy": _difference(joint, term)}
 
 
@@ -167,6 +171,7 @@ def _draw(n: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _mean(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of draws. Its standard error is their spread, which holds the error of each draw; one draw has no spread to go by."""
     first, count = estimates[0], len(estimates)
     mean = math.fsum(e.value for e in estimates) / count
     spread = math.fsum((e.value - mean) ** 2 for e in estimates)
@@ -181,16 +186,34 @@ def _difference(joint: Estimate, term: Estimate) -> Estimate:
     return Estimate(joint.value - term.value, joint.ceiling - term.value, stderr, joint.n, joint.units, method)
 
 
-def _value(spectrum: Spectrum, sigma: float, protocol: Protocol, *, split: int = 0, rows: slice = slice(None)) -> float:
-    """The entropy of a set or of its first rows, in the units of the protocol."""
-    rule = protocol.length if split else "none"
-    rule = "none" if rule == "subsample" else rule
-    values = spectrum.eigenvalues(sigma, protocol.ridge, rule, split, rows)
-    return float(renyi(values, protocol.alpha)) / protocol.unit
+def _take(
+    spectrum: Spectrum, sigma: float, protocol: Protocol, ceiling: float, *, split: int = 0, rows: slice = slice(None)
+) -> Estimate:
+    """The entropy of a set, with the length rule if it has parts, or of its first rows."""
+    n = len(range(*rows.indices(spectrum.n)))
+    rule = protocol.length if split and protocol.length != "subsample" else "none"
+    if uses_lanczos(n, protocol):
+        value, stderr = renyi_lanczos(spectrum.density(sigma, protocol.ridge, rule, split, rows), protocol.alpha, protocol.seed)
+        # An estimate outside what is possible is brought to the nearest possible value, which can only be nearer the truth.
+        value = min(max(value / protocol.unit, 0.0), ceiling)
+        return Estimate(value, ceiling, stderr / protocol.unit, n, protocol.units, "lanczos")
+    if protocol.alpha == 2.0 and protocol.kernel == "gaussian":
+        # tr A^2 is a Frobenius norm; no eigenvalue is needed.
+        value = -math.log(float(spectrum.purity(sigma, protocol.ridge, rule, split, rows)))
+    else:
+        value = float(renyi(spectrum.eigenvalues(sigma, protocol.ridge, rule, split, rows), protocol.alpha))
+    return _estimate(value / protocol.unit, ceiling, n, protocol)
 
 
-def _ceiling(spectrum: Spectrum, protocol: Protocol) -> float:
-    return entropy_ceiling(spectrum.n, protocol, rank=_rank(spectrum), trace=_trace(spectrum, protocol))
+def uses_lanczos(n: int, protocol: Protocol) -> bool:
+    """Whether the entropy of n states is estimated by quadrature instead of by all eigenvalues.
+
+    `auto` does so from `CROSSOVER` states on, for orders of one and above, and never for order 2, which needs no eigenvalues.
+    `lanczos` does so wherever the method is defined; fewer than `LEAST` states are exact under every method.
+    """
+    if n < LEAST or protocol.alpha == 2.0 or protocol.method == "exact" or protocol.kernel == "linear":
+        return False
+    return protocol.method == "lanczos" or (n >= CROSSOVER and protocol.alpha >= 1.0)
 
 
 def _rank(spectrum: Spectrum, n: int | None = None) -> int | None:

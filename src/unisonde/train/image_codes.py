@@ -21,9 +21,9 @@ from unisonde.data.tabletop.render import render_array
 from unisonde.data.tabletop.scene import Scene, draw_scene
 from unisonde.train.loop import Schedule, fit
 
-BATCH = 32
-SCHEDULE = Schedule(steps=800, rate=2e-3, warmup=50, weight_decay=0.0)
-CROWDS = (1, 2, 3, 5, 7, 9)
+BATCH = 12
+SCHEDULE = Schedule(steps=1500, rate=3e-3, warmup=50, weight_decay=0.0)
+CROWDS = (1, 2, 3, 9, 9, 9)
 """Things in a training picture: more than a Tabletop scene has, since most of a scene is plain background and teaches little."""
 FREE_SHARE = 0.4
 """Share of the steps before the codebook is laid."""

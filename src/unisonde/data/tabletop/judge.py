@@ -228,14 +228,18 @@ def _area(shape: str, size: str) -> np.ndarray:
 
 
 @cache
-def _templates() -> np.ndarray:
-    """Each kind of thing in each cell, on the whole picture, at each blur and smear: (blurs, cells, kinds, 32 * 32), 0 to 1."""
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """Each kind of thing in each cell, on the whole picture, at each blur and smear: (blurs, cells, kinds, 32 * 32), 0 to 1.
+
+    Also the sum of squares of each.
+    """
     sharp = np.zeros((len(_CELLS), len(_KINDS), SIDE, SIDE))
     for c, (row, column) in enumerate(_CELLS):
         for k, kind in enumerate(_KINDS):
             sharp[c, k, PITCH * row : PITCH * row + CELL, PITCH * column : PITCH * column + CELL] = _area(*kind)
     blurred = [gaussian_filter(sharp, (0, 0, blur, blur), mode="nearest") for blur in _BLURS + _SMEARS]
-    return np.stack(blurred).reshape(len(blurred), len(_CELLS), len(_KINDS), SIDE * SIDE)
+    templates = np.stack(blurred).reshape(len(blurred), len(_CELLS), len(_KINDS), SIDE * SIDE)
+    return templates, (templates**2).sum(-1)
 
 
 @cache
@@ -289,10 +293,9 @@ def _fit(pixels: np.ndarray) -> list[_Fit]:
 
     # A template m in colour a changes the squared error |picture|^2 by |m|^2 |a|^2 - 2 a . (m picture): least over a at
     # a = m picture / |m|^2, by -|m picture|^2 / |m|^2.
-    templates = _templates()
+    templates, norm = _templates()
     flat = picture.reshape(n, SIDE * SIDE, 3)
     product = (templates.reshape(-1, SIDE * SIDE) @ flat).reshape(n, *templates.shape[:3], 3)
-    norm = (templates**2).sum(-1)
     free = (product**2).sum(-1) / norm
     contrast = colours - ground[:, None]
     named = product[:, : len(_BLURS)]
