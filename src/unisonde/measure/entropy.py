@@ -4,10 +4,10 @@ The matrix-based Rényi entropy (Sanchez Giraldo, Rao and Principe 2015, eq. 8; 
 
     H_alpha(A) = log(tr A^alpha) / (1 - alpha),    A = (K + ridge I) / tr(K + ridge I),
 
-with K a kernel matrix of the n states; alpha = 1 is the von Neumann limit -tr(A log A). The conditional entropy is the paper's proxy
-(its eq. 3 and supplement, eq. 6): the entropy of the kernel matrix of prompt and response together, less that of the prompt's block.
-It measures how far the response extends the region that the prompt covers. It does not see which response state belongs to which
-prompt state, and it may be negative; `dependence` has measures of paired samples.
+with K a kernel matrix of the n states; alpha = 1 is the von Neumann limit -tr(A log A). The conditional entropy is the proxy of the
+paper (its eq. 3; supplement, eq. 6): the entropy of the kernel matrix of prompt and response together, less that of the prompt's
+block. It measures how far the response extends the region that the prompt covers. It does not see which response state belongs to
+which prompt state, and it may be negative; `dependence` has measures of paired samples.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _draw(n: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _mean(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of draws. Its standard error is their spread, which holds the error of each draw; one draw has no spread to go by."""
+    """The mean of draws; their spread is its standard error, and one draw has none to go by."""
     first, count = estimates[0], len(estimates)
     mean = math.fsum(e.value for e in estimates) / count
     spread = math.fsum((e.value - mean) ** 2 for e in estimates)

@@ -1,7 +1,8 @@
 """Entropy of a large density matrix without all of its eigenvalues: deflation, exact traces, stochastic Lanczos quadrature.
 
-What is estimated is tr f(A), with f(x) = x (x^(alpha - 1) - 1) near order one and x^alpha elsewhere. The naive estimate with random
-probes is off by tens of bits at order 1.01, where an error in tr A^alpha counts a hundredfold. Three things bring it to thousandths:
+What is estimated is tr f(A), with f(x) = x (x^(alpha - 1) - 1) near order one and x^alpha elsewhere. The naive estimate with
+random probes is off by tens of bits at order 1.01, where an error in tr A^alpha counts a hundredfold. Three things bring it to
+thousandths:
 
 1. *Deflation.* The leading eigenpairs come from a block Krylov space; their part of the sum is exact, and what remains is small.
 2. *Known traces.* tr 1, tr A and tr A^2 of the remainder are known exactly. The best quadratic in x under the remainder's own
@@ -23,7 +24,7 @@ LEAST = 512
 """Below this size exact eigenvalues are as fast, and the leading space would be a large part of the whole."""
 
 CROSSOVER = 2048
-"""From this size on `auto` estimates. Quadrature is faster from about 1000 on, but up to here exact eigenvalues take under a second."""
+"""From this size on `auto` estimates. Quadrature is faster from about 1000 on; up to here exact eigenvalues take under a second."""
 
 BLOCK, POWERS, LARGEST = 64, 3, 96
 PROBES, STEPS = 24, 16

@@ -304,7 +304,7 @@ def settle(values: Tensor, what: str = "gram") -> Tensor:
     least, largest = torch.stack([values.min(), values.max()]).tolist()
     if least < -1e-8 * max(abs(largest), abs(least)):
         raise ValueError(
-            f"{what} of shape {(len(values), len(values))} is not positive semi-definite: its eigenvalues reach from {least:.3g} to {largest:.3g}"
+            f"{what} {(len(values), len(values))} must be positive semi-definite; its eigenvalues are {least:.3g} to {largest:.3g}"
         )
     return normalised(values)
 

@@ -88,8 +88,8 @@ def twin(vocabulary: int, image_token: int) -> JanusConfig:
         projection_dim=hidden,
     )
     vq = JanusVQVAEConfig(
-        embed_dim=8,
-        num_embeddings=1024,
+        embed_dim=16,
+        num_embeddings=657,  # the distinct 4 x 4 patches of Tabletop
         latent_channels=32,
         # GroupNorm has 32 groups at every size. With 32 channels each group is one channel, and the norm takes away the colour of a
         # plain background; with 64 a pair of channels keeps it.

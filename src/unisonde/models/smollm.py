@@ -69,9 +69,9 @@ def is_complete(folder: Path, source: Path) -> bool:
     try:
         record = json.loads((folder / RECORD).read_text())
         sizes = {name: (folder / name).stat().st_size for name in record["files"]}
+        return record["files"] == sizes and record["source"] == _origin(source)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return record["files"] == sizes and record["source"] == _origin(source)
 
 
 def dequantise(source: Path, folder: Path) -> None:
@@ -87,8 +87,9 @@ def dequantise(source: Path, folder: Path) -> None:
             step("writing")
             # `transformers` refuses to save a model that it has read from GGUF; an ordinary one takes its weights.
             settings = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
-            plain = LlamaForCausalLM(LlamaConfig(**settings))
-            plain.load_state_dict(quantised.state_dict())
+            with torch.device("meta"):
+                plain = LlamaForCausalLM(LlamaConfig(**settings))
+            plain.load_state_dict(quantised.state_dict(), assign=True)
             plain.generation_config = quantised.generation_config
             plain.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
@@ -96,6 +97,7 @@ def dequantise(source: Path, folder: Path) -> None:
         if is_complete(folder, source):
             return  # Another process was faster.
         shutil.rmtree(folder, ignore_errors=True)
+        fresh.chmod(folder.parent.stat().st_mode)
         fresh.rename(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -57,7 +57,7 @@ def look(cell: str) -> Look:
 class Curve:
     """One line of a figure: the points of `unisonde.study.trajectories.trajectory` for one cell and step, by layer.
 
-    A second step of the same cell has the cell's colour, and is drawn `dashed` with open marks.
+    Other steps than the main one of a cell have its colour, and are drawn `dashed` with open marks.
     """
 
     name: str
@@ -174,7 +174,7 @@ class Section:
                     # A single step, and the last of a sampler, are what a reader expects; any other is named.
                     expected = len(drawn) == 1 and step in ("single", "final")
                     name = cell if expected else f"{cell}, step {step}"
-                    curves.append(Curve(name, cell, step, step != drawn[-1], tuple(points)))
+                    curves.append(Curve(name, cell, step, step != drawn[0], tuple(points)))
         return Panel(
             quantity=quantity,
             stack=stack,
@@ -230,7 +230,11 @@ def ticks(layers: Sequence[int], final: int | None, most: int = 14) -> tuple[lis
 
 def number(value: float | None, digits: int = 2) -> str:
     """A number for people, with a true minus sign; a dash if there is none."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    # What rounds to zero has no sign.
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
 def percent(share: float | None) -> str:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 LAYER_AXIS = "layer (0: embedding)"
 SHARE_AXIS = "share of ceiling (%)"
+CROWDED = 24
+"""With more layers than this, marks are small."""
 GREY = "rgba(128, 128, 128, 0.25)"
 
 
@@ -40,7 +42,8 @@ def figure(panel: Panel) -> go.Figure:
     fig = go.Figure(layout={"template": go.layout.Template()})
     fig.add_traces(sorted(traces, key=lambda trace: trace.meta["part"] != "spread"))
     axis = {"showgrid": True, "gridcolor": GREY, "zeroline": False, "automargin": True, "ticks": "outside", "ticklen": 4}
-    layers = {**axis, "title": {"text": LAYER_AXIS}, "showgrid": False, "tickangle": 0}
+    layers = {**axis, "title": {"text": LAYER_AXIS}, "showgrid": False, "tickangle": 0, "unifiedhovertitle": {"text": "layer %{x}"}}
+    layers |= {"spikethickness": 1, "spikecolor": "rgba(128, 128, 128, 0.8)"}
     edges = [panel.layers[0] - 0.5, panel.layers[-1] + 0.5]
     fig.update_layout(
         height=430,
@@ -49,6 +52,7 @@ def figure(panel: Panel) -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 64, "r": 16, "t": 48, "b": 56},
         hovermode="x unified",
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "rgba(128, 128, 128, 0.6)", "activecolor": "rgba(128, 128, 128, 1)"},
         hoverlabel={"font": {"family": FONT, "size": 12}},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "tracegroupgap": 0, "font": {"size": 13}},
         xaxis={**layers, **_ticks(panel, 14), "domain": [0.0, 0.62], "range": edges, "anchor": "y"},
@@ -181,7 +185,7 @@ def _shares(curve: Curve, stream: list[dict[str, Any]], final: list[dict[str, An
                 xaxis="x2",
                 yaxis="y2",
             )
-            trace.marker.size = 9 if part == "share final" else 6
+            trace.marker.size = 9 if part == "share final" else trace.marker.size - 1
             traces.append(trace)
     return traces
 
@@ -190,7 +194,9 @@ def _scatter(curve: Curve, part: str, **options: Any) -> Any:
     import plotly.graph_objects as go
 
     symbol = curve.look.symbol + ("-open" if curve.dashed else "")
-    mark = {"color": curve.look.colour, "symbol": symbol, "size": 7} if "markers" in options["mode"] else None
+    mark = None
+    if "markers" in options["mode"]:
+        mark = {"color": curve.look.colour, "symbol": symbol, "size": 7 if len(curve.points) <= CROWDED else 4}
     return go.Scatter(
         name=escape(curve.name),
         legendgroup=escape(curve.name),
@@ -206,7 +212,7 @@ def _line(curve: Curve) -> dict[str, Any]:
 
 
 def _rule_zero(fig: go.Figure, panel: Panel) -> None:
-    """A line at zero where values fall below it: a negative conditional entropy is a finding, and must not look like a small one."""
+    """A line at zero where values fall below it: a negative conditional entropy must not look like a small one."""
     lowest = min(point["mean"] - (point["sd"] or 0.0) for curve in panel.curves for point in curve.points)
     if lowest < 0:
         for column in ("", "2"):

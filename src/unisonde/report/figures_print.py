@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unisonde.report.curves import Curve, Panel, Section, ticks
-from unisonde.report.figures_html import LAYER_AXIS, SHARE_AXIS
+from unisonde.report.figures_html import CROWDED, LAYER_AXIS, SHARE_AXIS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,11 @@ def _draw(value: Axes, share: Axes, panel: Panel, curve: Curve) -> None:
         spread = [point["sd"] or 0.0 for point in points]
         ceiling = [float("nan") if point["ceiling"] is None else point["ceiling"] for point in points]
         percent = [float("nan") if point["share"] is None else 100 * point["share"] for point in points]
-        mark: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5.0 if final else 3.5}
+        mark: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "markersize": 5.0 if final else 3.5 if len(x) <= CROWDED else 2.0,
+        }
         if curve.dashed:
             mark["markerfacecolor"] = "white"
         line = "--" if curve.dashed else "-"

@@ -20,20 +20,25 @@ if TYPE_CHECKING:
     from unisonde.runs import Run
 
 HOW_TO_READ = (
-    "Each curve follows one number through the layers of a model, as the mean over items, in {units}: how many directions the hidden "
-    "states of a prompt fill (prompt entropy), or how much the states of the response add to those of the prompt (conditional entropy, "
-    "which may be negative). Raw entropy mostly counts tokens, so read each value beside its <b>ceiling</b>, the dotted line of the same "
-    "colour: the largest value that so many tokens allow."
+    "Each curve follows one number through the layers of a model, as the mean over items, in {units}: how many directions the "
+    "hidden states of a prompt fill (prompt entropy), or how much the states of the response add to those of the prompt "
+    "(conditional entropy, which may be negative). Raw entropy mostly counts tokens, so read each value beside its "
+    "<b>ceiling</b>, the dotted line of the same colour: the largest value that so many tokens allow."
 )
 CELLS = (
-    "Curves are named by what the model was shown → what it was asked for: <b>text → image</b> is a text prompt answered by an image. "
-    "Layer 0 is the embedding, <b>final</b> the state after the last norm."
+    "Curves are named by what the model was shown → what it was asked for: <b>text → image</b> is a text prompt answered by an "
+    "image. Layer 0 is the embedding, <b>final</b> the state after the last norm."
 )
-SUMMARY_NOTE = "Mean ± standard deviation over items; below it the share of the ceiling, and the mean ceiling. Middle is half-way through the layers."
+SUMMARY_NOTE = (
+    "Mean ± standard deviation over items; below it the share of the ceiling, and the mean ceiling. "
+    "Middle is half-way through the layers."
+)
 FIGURE_NOTE = "Left: mean over items, ± one standard deviation shaded, ceiling dotted. Right: mean value / mean ceiling."
 ABOUT = {
     "entropy": "The entropy of the states of the prompt alone: text prompts against image prompts.",
-    "conditional_entropy": "The joint entropy of prompt and response less that of the prompt: text responses against image responses.",
+    "conditional_entropy": (
+        "The joint entropy of prompt and response less that of the prompt: text responses against image responses."
+    ),
 }
 
 
@@ -150,8 +155,7 @@ def _figure(section: Section, panel: Panel, place: int, folder: Path | None) -> 
     key = f"figure-{section.number}-{place}"
     stack = f", stack {panel.stack}" if len(section.stacks) > 1 else ""
     notes = [
-        f"{ABOUT[panel.quantity]} {FIGURE_NOTE}",
-        _who(panel),
+        f"{ABOUT[panel.quantity]} {FIGURE_NOTE}</p><p>{_who(panel)}",
     ]
     if panel.n_short:
         notes.append(f"{panel.n_short:,} of {panel.n_rows:,} rows rest on fewer than 8 tokens; they are included.")
@@ -164,11 +168,12 @@ def _figure(section: Section, panel: Panel, place: int, folder: Path | None) -> 
     if folder is not None:
         links = (f'<a href="{escape(folder.name)}/{name}{suffix}">{suffix[1:].upper()}</a>' for suffix in (".pdf", ".png"))
         notes.append(f"The same as {' and '.join(links)}.")
-    caption = "".join(f"<p>{note}</p>" for note in notes)
+    caption = f"<p>{' '.join(notes)}</p>"
+    label = escape(_alternative(section, panel))
     data = figures_html.safe_json(figures_html.figure(panel))
     return (
         f"<figure><h3>{panel.label}{escape(stack)}</h3>"
-        f'<div class="plot" id="{key}" data-name="{escape(name)}" role="img" aria-label="{escape(_alternative(section, panel))}"></div>'
+        f'<div class="plot" id="{key}" data-name="{escape(name)}" role="img" aria-label="{label}"></div>'
         f'<script type="application/json" data-figure="{key}">{data}</script>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
@@ -236,6 +241,6 @@ def _write_whole(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY = (
+    "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'"
+)
 """Content-Security-Policy: nothing is fetched from anywhere. `blob:` is memory of the page itself; saving a figure needs it."""
 
 MARK = '<meta name="generator" content="unisonde report">'
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --page: #ffffff; --card: #f6f8fa; --link: #0a58ca; }
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4;
+  --page: #ffffff; --card: #f6f8fa; --link: #0a58ca; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ed; --soft: #9aa4af; --line: #343b44; --page: #14171b; --card: #1d2127; --link: #7ab3ff; }
 }
@@ -30,11 +34,13 @@ figcaption p { max-width: none; margin: .2rem 0; }
 .plot { width: 100%; min-height: 430px; }
 .table { overflow-x: auto; margin: .6rem 0 1rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
+th, td { padding: .32rem .55rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
+thead th[rowspan] { text-align: left; }
 thead th { vertical-align: bottom; font-weight: 600; white-space: nowrap; }
 thead th[colspan] { text-align: center; }
 tbody th { text-align: left; font-weight: 400; }
-th[scope="rowgroup"] { font-weight: 600; max-width: 18rem; overflow-wrap: anywhere; }
+th[scope="rowgroup"] { overflow-wrap: anywhere; }
+th[scope="rowgroup"] span { color: var(--soft); font-weight: 400; margin-left: .6rem; }
 td small, th small { display: block; font-weight: 400; font-size: .78rem; }
 th.cell, td, td small { white-space: nowrap; }
 tr.all { background: var(--card); }
@@ -43,14 +49,15 @@ table.fields td, table.words td, table.words th { text-align: left; white-space:
 table.fields th { white-space: nowrap; color: var(--soft); }
 table.words td:nth-child(2), table.words td:nth-child(3) { white-space: nowrap; }
 .settings { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2.5rem; }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 1rem; margin: .8rem 0; }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: 1rem; margin: .8rem 0; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem 1rem; min-width: 0;
   break-inside: avoid; }
 article p { margin: .1rem 0; overflow-wrap: anywhere; }
 article > div { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 article section { min-width: 0; }
 article h4 { margin: .5rem 0 .3rem; font-size: .8rem; color: var(--soft); font-weight: 600; }
-blockquote { margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 16rem; overflow-y: auto; font-size: .92rem; }
+blockquote { margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 16rem; overflow-y: auto;
+  font-size: .92rem; }
 img { max-width: 100%; height: auto; border: 1px solid var(--line); display: block; }
 img.tiny { image-rendering: pixelated; width: 128px; }
 code, pre { font: .85rem ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
@@ -68,7 +75,8 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px
 }
 """
 
-# Figures are drawn from JSON blocks. The colours of text follow the page, also when the reader's preference changes; paper is white.
+# Figures are drawn from JSON blocks. The colours of text follow the page, also when the reader's preference changes;
+# paper is white. The buttons are a list of our own: plotly's defaults include one that sends the data to a server.
 SCRIPT = """
 (function () {
   "use strict";
@@ -90,7 +98,8 @@ SCRIPT = """
     plots.push(plot);
     Plotly.newPlot(plot, spec.data, spec.layout, {
       responsive: true, displaylogo: false,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      modeBarButtons: [["toImage"], ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+      plotlyServerURL: "",
       toImageButtonOptions: { format: "svg", filename: name }
     });
   });

@@ -16,7 +16,7 @@ from PIL import Image
 
 from unisonde.report.curves import Section, in_order
 
-A_CELL = 3
+A_CELL = 4
 """How many items of each cell are shown."""
 LONGEST = 1500
 """Characters of a text that are shown."""
@@ -51,7 +51,8 @@ def failures(section: Section) -> str:
         for item in failed.head(FAILURES).to_dicts()
     )
     more = f"<p>and {failed.height - FAILURES} more, in the run's folder.</p>" if failed.height > FAILURES else ""
-    return f"<p>{failed.height} of {section.items.height} items failed and are in no figure:</p><ul class='failures'>{lines}</ul>{more}"
+    count = f"<p>{failed.height} of {section.items.height} items failed and are in no figure:</p>"
+    return f"{count}<ul class='failures'>{lines}</ul>{more}"
 
 
 def picture(data: bytes | None, what: str) -> str:
@@ -69,7 +70,7 @@ def picture(data: bytes | None, what: str) -> str:
             opened.thumbnail((SIDE, SIDE))
             buffer = io.BytesIO()
             opened.convert("RGBA" if "A" in opened.getbands() else "RGB").save(buffer, "PNG", optimize=True)
-    except Exception as error:  # noqa: BLE001 - decoders answer damaged bytes with almost any type of error
+    except Exception as error:  # decoders answer damaged bytes with almost any type of error
         return f'<p class="note">a picture of {len(data)} bytes that cannot be shown: {escape(str(error))}</p>'
     source = base64.b64encode(buffer.getvalue()).decode("ascii")
     tiny = ' class="tiny"' if max(width, height) <= TINY else ""

@@ -74,19 +74,17 @@ def summary(sections: Sequence[Section]) -> str:
     body = []
     for section in sections:
         mine = rows(section, categories=False)
-        for place, row in enumerate(mine):
-            model = ""
-            if place == 0:
-                about = f"{escape(section.data)}, protocol {escape(section.protocol)}"
-                if " or " in units(sections):
-                    about += f", {escape(units([section]))}"
-                link = f'<a href="#model-{section.number}">{escape(section.name)}</a>'
-                model = f'<th scope="rowgroup" rowspan="{len(mine)}">{link}<small>{about}</small></th>'
-            stack = f"<small>stack {escape(row.stack)}</small>" if len(section.stacks) > 1 else ""
-            body.append(f"<tr>{model}{_cell_name(row)}{_numbers(row, stack)}</tr>")
+        about = f"{escape(section.data)}, protocol {escape(section.protocol)}"
+        if " or " in units(sections):
+            about += f", {escape(units([section]))}"
         if not mine:
-            body.append(f'<tr><th scope="row">{escape(section.name)}</th><td colspan="10">nothing was measured</td></tr>')
-    return _landmark_table(("model",), ("layer 0", "middle", "final"), units(sections), body)
+            about += ": nothing was measured"
+        link = f'<a href="#model-{section.number}">{escape(section.name)}</a>'
+        body.append(f'<tr class="all"><th scope="rowgroup" colspan="9">{link} <span>{about}</span></th></tr>')
+        for row in mine:
+            stack = f"<small>stack {escape(row.stack)}</small>" if len(section.stacks) > 1 else ""
+            body.append(f"<tr>{_cell_name(row, stack)}{_numbers(row)}</tr>")
+    return _landmark_table(("layer 0", "middle", "final"), units(sections), body)
 
 
 def by_category(section: Section) -> str:
@@ -106,7 +104,7 @@ def by_category(section: Section) -> str:
         heads = ["final" if layer == final else f"layer {layer}" for layer in trajectories.landmarks(layers)]
         if len(section.stacks) > 1:
             tables.append(f"<h4>Stack {escape(stack)}</h4>")
-        tables.append(_landmark_table((), heads, units([section]), body, second="category"))
+        tables.append(_landmark_table(heads, units([section]), body, "category"))
     return "".join(tables)
 
 
@@ -144,7 +142,7 @@ def flags(section: Section) -> str:
     for name in sorted(exploded["flags"].unique()):
         mine = exploded.filter(pl.col("flags") == name)
         items = mine.select("item", "task").unique().height
-        texts = (f"{mine.height} of {section.frame.height}", str(items), escape(FLAGS.get(name, "–")))
+        texts = (f"{mine.height:,} of {section.frame.height:,}", str(items), escape(FLAGS.get(name, "–")))
         body.append(f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{text}</td>" for text in texts) + "</tr>")
     if not body:
         return ""
@@ -191,14 +189,14 @@ def _points(
     return found
 
 
-def _cell_name(row: Row) -> str:
+def _cell_name(row: Row, note: str = "") -> str:
     step = "" if row.step in ("single", "final") else f"<small>step {escape(row.step)}</small>"
-    return f'<th scope="row" class="cell">{escape(row.cell)}{step}</th>'
+    return f'<th scope="row" class="cell">{escape(row.cell)}{note}{step}</th>'
 
 
-def _numbers(row: Row, note: str = "") -> str:
+def _numbers(row: Row) -> str:
     tokens = (row.tokens("entropy", "n_prompt"), row.tokens("conditional_entropy", "n_response"))
-    texts = [f"{row.items()}{note}", *(number(count, 1) for count in tokens)]
+    texts = [str(row.items()), " + ".join(number(count, 1) for count in tokens)]
     for quantity in QUANTITIES:
         texts += [_value(point) for point in row.points[quantity]]
     return "".join(f"<td>{text}</td>" for text in texts)
@@ -211,8 +209,9 @@ def _value(point: dict[str, Any] | None) -> str:
     return f"<b>{number(point['mean'])}</b>{spread}<small>{percent(point['share'])} of {number(point['ceiling'])}</small>"
 
 
-def _landmark_table(before: Sequence[str], layers: Sequence[str], unit: str, body: Sequence[str], second: str | None = None) -> str:
-    heads = [*before, "shown → asked for", *([second] if second else []), "items", "prompt tokens", "response tokens"]
+def _landmark_table(layers: Sequence[str], unit: str, body: Sequence[str], *more: str) -> str:
+    """A table with a head of two rows: shown → asked for, `more`, items, tokens, and each quantity at `layers`."""
+    heads = ["shown →<br>asked for", *more, "items", "tokens: prompt<br>+ response"]
     first = "".join(f'<th scope="col" rowspan="2">{head}</th>' for head in heads)
     first += "".join(
         f'<th scope="colgroup" colspan="{len(layers)}">{label.lower()} ({escape(unit)})</th>' for label in QUANTITIES.values()

@@ -122,11 +122,11 @@ def landmarks(layers: Iterable[int]) -> tuple[int, ...]:
 
 
 def drawn_steps(steps: Iterable[str]) -> tuple[str, ...]:
-    """Which steps of one curve a figure draws: all but the numbered ones; if there are only those, the last.
+    """Which steps of one curve a figure draws, the main one first: all but the numbered ones; if there are only those, the last.
 
     The numbered steps `0000`, `0001`, ... of a sampler are stages on the way to `final`, and would hide it.
     """
-    present = sorted(set(steps))
+    present = sorted(set(steps), key=lambda step: (step != "final", step))
     named = tuple(step for step in present if not step.isdigit())
     return named or tuple(present[-1:])
 
@@ -139,7 +139,7 @@ def _refuse_mixtures(rows: pl.DataFrame, quantity: str, by: Sequence[str]) -> No
         if (counts[name] > 1).any():
             values = ", ".join(str(value) for value in rows[name].unique().sort().to_list())
             raise ValueError(
-                f"one mean of {quantity} would mix several values of {name} ({values}); filter the measurements by it or add it to `by`"
+                f"one mean of {quantity} would mix several values of {name} ({values}); filter by {name}, or add it to `by`"
             )
     if (counts["len"] > counts["item"]).any():
         raise ValueError(

@@ -1,108 +1,137 @@
-"""Training an image tokenizer on Tabletop: a convolutional autoencoder with a codebook (VQ-VAE, arXiv 1711.00937).
+"""The image tokenizer of Tabletop twins: one code for every 4 x 4 patch that the world can show.
 
-The codebook lives on the unit sphere, as Janus-Pro's does at look-up. The autoencoder first learns with its latents as they are, a
-little noise added; then the codebook is laid through them by k-means, and both learn on together. A codebook that learns from the
-first step on collapses to the few codes that blurred pictures need.
+Tabletop is made of few patches: every quarter of every shape, size, colour and background, aligned with the grid of codes. So the codes
+need not be discovered: `PatchCodes` numbers the distinct patches, and what is trained is the network that a family ships, an encoder
+that names the patches and a decoder that draws them. Both see every shape in every colour, the held-out pairs too, as a general image
+tokenizer would; the held-out pairs are kept from all that is learnt jointly.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from unisonde.data.tabletop.render import render_array
-from unisonde.data.tabletop.scene import Scene, draw_scene
-from unisonde.train.loop import Schedule, fit
+from unisonde.data.tabletop.scene import BACKGROUNDS, COLOURS, SHAPES, SIDE, SIZES, Scene, Thing, places
+from unisonde.train.loop import Effort, Schedule, fit
 
+PATCH = 4
+GRID = SIDE // PATCH
 BATCH = 12
-SCHEDULE = Schedule(steps=1500, rate=3e-3, warmup=50, weight_decay=0.0)
-CROWDS = (1, 2, 3, 9, 9, 9)
-"""Things in a training picture: more than a Tabletop scene has, since most of a scene is plain background and teaches little."""
-FREE_SHARE = 0.4
-"""Share of the steps before the codebook is laid."""
-NOISE = 0.05
-"""Noise on free latents, per dimension, so that what is told apart lies apart."""
-SAMPLED_SCENES = 320
-"""Pictures whose latents the codebook is laid through."""
+SCHEDULE = Schedule(steps=1600, rate=2e-3, warmup=50, weight_decay=0.0)
+CROWDS = (0, 1, 2, 3, 9, 9, 9)
+"""Things in a training picture: mostly more than a Tabletop scene has, since most of a scene is plain background and teaches little."""
+SHARPNESS = 16.0
+"""Inverse temperature of the encoder's choice among unit codes."""
 
 
 def pixels_of(scenes: list[Scene]) -> Tensor:
     """Pictures as pixel values in [-1, 1]: (B, 3, 32, 32), what the image processor of the twin gives."""
-    pictures = np.stack([render_array(scene) for scene in scenes])
+    return to_pixels(np.stack([render_array(scene) for scene in scenes]))
+
+
+def to_pixels(pictures: np.ndarray) -> Tensor:
+    """(B, H, W, 3) bytes -> (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def encode(vq: JanusVQVAE, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, and unit latents before and after quantisation: (B, 3, H, W) -> (B, n), (B, n, e), (B, n, e).
-
-    `JanusVQVAE.encode` compares latents of any length with the codebook as stored; at look-up it normalises. The published encoder
-    normalises both, and so do we.
-    """
-    latents = F.normalize(vq.quant_conv(vq.encoder(pixels)).flatten(2).transpose(1, 2), dim=-1)
-    book = F.normalize(vq.quantize.embedding.weight, dim=-1)
-    codes = (latents @ book.T).argmax(-1)
-    return codes, latents, book[codes]
+def patches_of(pictures: np.ndarray) -> np.ndarray:
+    """(B, 32, 32, 3) -> (B, 64, 48), row by row."""
+    split = pictures.reshape(-1, GRID, PATCH, GRID, PATCH, 3).swapaxes(2, 3)
+    return split.reshape(-1, GRID * GRID, PATCH * PATCH * 3)
 
 
-def decode(vq: JanusVQVAE, quantised: Tensor) -> Tensor:
-    """Pixel values from quantised latents: (B, n, e) -> (B, 3, H, W)."""
-    side = int(quantised.shape[1] ** 0.5)
-    return vq.decoder(vq.post_quant_conv(quantised.transpose(1, 2).unflatten(2, (side, side))))
+class PatchCodes:
+    """The distinct patches of the world, in a fixed order: `patches` (K, 48), bytes."""
+
+    def __init__(self) -> None:
+        looks = itertools.product(SHAPES, COLOURS, SIZES, BACKGROUNDS)
+        scenes = [Scene((Thing(0, 0, shape, colour, size),), background) for shape, colour, size, background in looks]
+        pictures = np.stack([render_array(scene) for scene in scenes])
+        self.patches = np.unique(patches_of(pictures).reshape(-1, PATCH * PATCH * 3), axis=0)
+        self._number = {patch.tobytes(): k for k, patch in enumerate(self.patches)}
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def of(self, scenes: list[Scene]) -> Tensor:
+        """The codes of pictures: (B, 64)."""
+        patches = patches_of(np.stack([render_array(scene) for scene in scenes]))
+        return torch.tensor([[self._number[patch.tobytes()] for patch in picture] for picture in patches])
 
 
-def train_image_codes(vq: JanusVQVAE, checkpoint: Path, seed: int = 0, schedule: Schedule = SCHEDULE) -> float:
-    """Train `vq` in place. Returns seconds."""
-    book = vq.quantize.embedding.weight
-    free = round(FREE_SHARE * schedule.steps)
+@cache
+def patch_codes() -> PatchCodes:
+    return PatchCodes()
 
-    def pictures(rng: random.Random, count: int) -> Tensor:
-        return pixels_of([draw_scene(rng, "train", rng.choice(CROWDS)) for _ in range(count)])
+
+def crowd(rng: random.Random) -> Scene:
+    """A random picture of up to nine things, of any shape and colour."""
+    cells = rng.sample(list(places()), rng.choice(CROWDS))
+    things = (Thing(*cell, rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(tuple(SIZES))) for cell in cells)
+    return Scene(tuple(things), rng.choice(tuple(BACKGROUNDS)))
+
+
+def train_image_codes(vq: JanusVQVAE, checkpoint: Path, seed: int = 0, schedule: Schedule = SCHEDULE) -> Effort:
+    """Train encoder, codebook and decoder of `vq` in place."""
+    codes = patch_codes()
 
     def loss(step: int) -> Tensor:
-        if step == free:
-            lay_codebook(vq, pictures(random.Random(f"{seed}/codebook"), SAMPLED_SCENES), seed)
-        pixels = pictures(random.Random(f"{seed}/codes/{step}"), BATCH)
-        _, latents, quantised = encode(vq, pixels)
-        if step < free:
-            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-            error = decode(vq, F.normalize(latents + NOISE * noise, dim=-1)) - pixels
-            return (error.abs() + error.square()).mean()
-        error = decode(vq, latents + (quantised - latents).detach()) - pixels
-        # The codebook follows the latents, and the latents stay near the codebook.
-        following = (latents.detach() - quantised).square().sum(-1).mean()
-        commitment = (latents - quantised.detach()).square().sum(-1).mean()
-        return (error.abs() + error.square()).mean() + following + 0.25 * commitment
+        rng = random.Random(f"{seed}/codes/{step}")
+        scenes = [crowd(rng) for _ in range(BATCH)]
+        pixels, named = pixels_of(scenes), codes.of(scenes)
+        book = F.normalize(vq.quantize.embedding.weight, dim=-1)
+        error = decode(vq, book[named]) - pixels
+        # The encoder learns names, and does not pull the codebook.
+        choice = SHARPNESS * (encode(vq, pixels) @ book.detach().T)
+        return (error.abs() + error.square()).mean() + 0.1 * F.cross_entropy(choice.flatten(0, 1), named.flatten())
 
     vq.train()
     initialise(vq, seed)
-    seconds = fit("image codes", vq, loss, schedule, checkpoint, BATCH)
+    effort = fit("image codes", vq, loss, schedule, checkpoint, BATCH)
     with torch.no_grad():  # a unit codebook, so that an encoder that forgets to normalise it finds the same codes
-        book.copy_(F.normalize(book, dim=-1))
+        vq.quantize.embedding.weight.copy_(F.normalize(vq.quantize.embedding.weight, dim=-1))
     vq.eval()
-    return seconds
+    return effort
 
 
+def encode(vq: JanusVQVAE, pixels: Tensor) -> Tensor:
+    """Unit latents: (B, 3, H, W) -> (B, n, e). The code is the nearest in the codebook."""
+    return F.normalize(vq.quant_conv(vq.encoder(pixels)).flatten(2).transpose(1, 2), dim=-1)
+
+
+def decode(vq: JanusVQVAE, quantised: Tensor) -> Tensor:
+    """Pixel values from unit codes: (B, n, e) -> (B, 3, H, W)."""
+    return vq.decoder(vq.post_quant_conv(quantised.transpose(1, 2).unflatten(2, (GRID, GRID))))
+
+
+@torch.no_grad()
 def initialise(vq: JanusVQVAE, seed: int) -> None:
-    """Convolutions that keep the scale of what they are given (LeCun). With the default of `transformers`, 0.02, the skips of the
-    residual blocks start near zero, the group norms take the rest, and the colour of a plain background never comes through."""
+    """Start from a network that passes on what it is given, and a codebook that holds what the patches look like.
+
+    Convolutions keep the scale of their input (LeCun) and residual branches begin at zero. With the default of `transformers`
+    (0.02) the skips begin near zero, the group norms take over, and the colour of a plain background is long in coming through.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for module in vq.modules():
+    for name, module in vq.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-
-@torch.no_grad()
-def lay_codebook(vq: JanusVQVAE, pixels: Tensor, seed: int) -> None:
-    """Put the codes where the latents of some pictures are: k-means on the unit sphere."""
-    latents = encode(vq, pixels)[1].flatten(0, 1)
-    centres, _ = kmeans2(latents.double().numpy(), vq.config.num_embeddings, minit="++", seed=seed, iter=10, missing="warn")
-    vq.quantize.embedding.weight.copy_(F.normalize(torch.from_numpy(centres).float(), dim=-1))
+            if name.endswith(("conv2", "proj_out")):
+                nn.init.zeros_(module.weight)
+    patches = torch.from_numpy(patch_codes().patches).double() / 127.5 - 1
+    centred = patches - patches.mean(0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    look = centred @ directions[: vq.config.embed_dim].T
+    book = vq.quantize.embedding.weight
+    book.zero_()
+    book[: len(look)] = F.normalize(look / look.std(0) ** 0.5, dim=-1).to(book)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
@@ -27,8 +27,7 @@ from unisonde.models.base import Generation
 from unisonde.models.janus_pro import BOS, EOS, PAD, SPECIAL_TOKENS, JanusPro, twin
 from unisonde.models.parts.text import pad
 from unisonde.train.image_codes import SCHEDULE as CODES
-from unisonde.train.image_codes import encode as encode_codes
-from unisonde.train.image_codes import pixels_of, train_image_codes
+from unisonde.train.image_codes import patch_codes, pixels_of, train_image_codes
 from unisonde.train.loop import Schedule, autocast_dtype, fit
 from unisonde.train.tabletop_batches import Example, Kind, example, word_tokenizer
 
@@ -51,7 +50,7 @@ class Recipe:
     mix: dict[Kind, int] = field(default_factory=lambda: {"draw": 32, "infer": 8, "caption": 8, "answer": 16})
     unconditional: float = 0.1
     codes: Schedule = CODES
-    joint: Schedule = Schedule(steps=2400, rate=2e-3, warmup=100, weight_decay=0.02)
+    joint: Schedule = Schedule(steps=2000, rate=2e-3, warmup=100, weight_decay=0.02)
 
 
 def new_twin(seed: int) -> JanusPro:
@@ -71,7 +70,8 @@ class Batch:
 
     ids: Tensor
     next_token: Tensor
-    pixels: Tensor | None
+    pixels: Tensor | None = None
+    codes: Tensor | None = None
 
 
 def collate(model: JanusPro, examples: Sequence[Example], rng: random.Random, unconditional: float) -> Batch:
@@ -95,26 +95,32 @@ def collate(model: JanusPro, examples: Sequence[Example], rng: random.Random, un
     positions = torch.arange(ids.shape[1])
     learnt = (positions + 1 >= torch.tensor(starts)[:, None]) & (mask.roll(-1, 1) == 1) & (positions + 1 < ids.shape[1])
     next_token = torch.where(learnt, ids.roll(-1, 1), -100)
-    pixels = None if kind == "infer" else pixels_of([made.scene for made in examples])
-    return Batch(ids, next_token, pixels)
+    scenes = [made.scene for made in examples]
+    if kind == "draw":
+        return Batch(ids, next_token, codes=patch_codes().of(scenes))
+    return Batch(ids, next_token, pixels=None if kind == "infer" else pixels_of(scenes))
 
 
-def joint_loss(model: JanusPro, batch: Batch, kind: Kind) -> Tensor:
+def joint_parts(model: JanusPro) -> nn.ModuleList:
+    """What is trained jointly: everything but the image tokenizer."""
+    inner = model.network.model
+    understanding = [inner.vision_model, inner.aligner]
+    generation = [inner.generation_embeddings, inner.generation_aligner, inner.generation_head]
+    return nn.ModuleList([*understanding, *generation, inner.language_model, model.network.lm_head])
+
+
+def joint_loss(model: JanusPro, batch: Batch) -> Tensor:
     """Cross-entropy of the response, in nats a token: of image codes for `draw`, of words for the others."""
     network = model.network
-    codes: Tensor | None = None
-    features: Tensor | None = None
-    if batch.pixels is not None:
-        if kind == "draw":
-            with torch.no_grad():
-                codes, _, _ = encode_codes(network.model.vqmodel, batch.pixels)
-            features = model.code_features(codes)
-        else:
-            features = model.see(batch.pixels)
+    features = None
+    if batch.codes is not None:
+        features = model.code_features(batch.codes)
+    elif batch.pixels is not None:
+        features = model.see(batch.pixels)
     states = network.model.language_model(inputs_embeds=model.embed(batch.ids, features), use_cache=False).last_hidden_state
     learnt = batch.next_token != -100
-    if codes is not None:
-        return F.cross_entropy(network.model.generation_head(states[learnt]).float(), codes.flatten())
+    if batch.codes is not None:
+        return F.cross_entropy(network.model.generation_head(states[learnt]).float(), batch.codes.flatten())
     return F.cross_entropy(network.lm_head(states[learnt]).float(), batch.next_token[learnt])
 
 
@@ -137,8 +143,7 @@ def train(out: Path, recipe: Recipe | None = None) -> Path:
 
     model = new_twin(recipe.seed)
     network = model.network
-    code_seconds = train_image_codes(network.model.vqmodel, work / "codes.pt", recipe.seed, recipe.codes)
-    network.model.vqmodel.requires_grad_(False)
+    code_effort = train_image_codes(network.model.vqmodel, work / "codes.pt", recipe.seed, recipe.codes)
     precision = autocast_dtype(recipe.precision)
 
     def loss(step: int) -> Tensor:
@@ -148,16 +153,13 @@ def train(out: Path, recipe: Recipe | None = None) -> Path:
         for kind, count in recipe.mix.items():
             batch = collate(model, [example(rng, kind) for _ in range(count)], rng, recipe.unconditional)
             with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
-                total = total + joint_loss(model, batch, kind) * (count / sequences)
+                total = total + joint_loss(model, batch) * (count / sequences)
         return total
 
-    network.train()
-    network.model.vqmodel.eval()
-    trained = [p for p in network.parameters() if p.requires_grad]
-    seconds = fit("twin", network, loss, recipe.joint, work / "joint.pt", sum(recipe.mix.values()), trained)
+    joint_effort = fit("twin", joint_parts(model).train(), loss, recipe.joint, work / "joint.pt", sum(recipe.mix.values()))
     record = {
         "recipe": asdict(recipe),
-        "seconds": {"codes": round(code_seconds), "joint": round(seconds)},
+        "effort": {"codes": asdict(code_effort), "joint": asdict(joint_effort)},
         "precision": str(precision or torch.float32).removeprefix("torch."),
         "torch": torch.__version__,
         "processor": platform.machine(),

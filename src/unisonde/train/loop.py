@@ -36,6 +36,14 @@ class Schedule:
         return self.rate * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
 
 
+@dataclass(frozen=True)
+class Effort:
+    """Time that training took: by the clock, and of all processors together. On a busy machine only the second says much."""
+
+    seconds: float
+    processor_seconds: float
+
+
 def fit(
     name: str,
     network: nn.Module,
@@ -43,31 +51,28 @@ def fit(
     schedule: Schedule,
     checkpoint: Path,
     samples: int,
-    parameters: list[nn.Parameter] | None = None,
-    after: Callable[[int], None] | None = None,
-) -> float:
+) -> Effort:
     """Train `network` in place with AdamW; go on from `checkpoint` if it exists.
 
     Args:
         loss: the loss of one step, a scalar.
         samples: sequences a step, for the throughput shown.
-        parameters: what is trained; all of the network if None.
-        after: called with the step's number after each update.
 
     Returns:
-        Seconds of training, those before a kill included.
+        The time it took, that before a kill included.
     """
-    trained = parameters or list(network.parameters())
+    trained = list(network.parameters())
     decayed = [p for p in trained if p.ndim > 1]
     plain = [p for p in trained if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=schedule.rate, betas=(0.9, 0.98))
-    step, spent = 0, 0.0
+    step, spent, worked = 0, 0.0, 0.0
+    smooth: float | None = None
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, spent = saved["step"], saved["seconds"]
+        step, spent, worked, smooth = (saved[name] for name in ("step", "seconds", "processor_seconds", "loss"))
 
     def save() -> None:
         state = {
@@ -75,6 +80,8 @@ def fit(
             "optimizer": optimizer.state_dict(),
             "step": step,
             "seconds": spent + time.monotonic() - begun,
+            "processor_seconds": worked + time.process_time() - begun_working,
+            "loss": smooth,
         }
         temporary = checkpoint.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -83,7 +90,7 @@ def fit(
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")]
     figures = [TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[rate]:.0f}/s")]
     begun = saved_at = time.monotonic()
-    smooth: float | None = None
+    begun_working = time.process_time()
     with Progress(*columns, *figures, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         bar = progress.add_task(name, total=schedule.steps, completed=step, loss=float("nan"), rate=0.0)
         started_at = step
@@ -96,8 +103,6 @@ def fit(
                 value.backward()
                 nn.utils.clip_grad_norm_(trained, schedule.clip)
                 optimizer.step()
-                if after is not None:
-                    after(step)
                 step += 1
                 if step % 10 == 0 or step == schedule.steps:
                     now = float(value.detach())
@@ -113,7 +118,7 @@ def fit(
             save()
             raise
     save()
-    return spent + time.monotonic() - begun
+    return Effort(spent + time.monotonic() - begun, worked + time.process_time() - begun_working)
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
@@ -20,6 +21,10 @@ T = TypeVar("T")
 
 TOKENS = 64
 """The most tokens of a response where the model's publisher names no number."""
+
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.txt")
+"""Files that a tokenizer can be made from."""
 
 
 def load_network(auto: Any, path: str, device: str | torch.device | None, dtype: torch.dtype | None, **options: Any) -> Any:
@@ -50,6 +55,9 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         ValueError: a file is missing or cannot be reached, or the tokenizer gives no offsets.
     """
+    if reach(path, "config.json") and not reach(path, *VOCABULARIES):
+        # Without one `transformers` makes an empty tokenizer, and says nothing.
+        raise ValueError(_absent(path, "tokenizer.json"))
     tokenizer = part(path, "tokenizer.json", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {path!r} gives no character offsets; a tokenizer.json is needed")
@@ -58,31 +66,44 @@ def load_tokenizer(path: str) -> Any:
 
 def part(path: str, file: str, load: Callable[[], T]) -> T:
     """What `load` gives; its errors as one sentence that names the file that was wanted."""
-    try:
-        if not Path(path).is_dir() and cached_file(path, "config.json") is None:
-            raise OSError("config.json")
-    except (OSError, ValueError):
-        raise ValueError(_absent(path, "config.json")) from None
+    if reach(path, "config.json") is None:
+        raise ValueError(_absent(path, "config.json"))
     try:
         return load()
     except OSError as error:
         raise ValueError(_absent(path, file)) from error
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(f"{path!r} runs only with code from its own repository (trust_remote_code), which is never run here") from None
-        raise ValueError(f"{path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def reach(path: str, *files: str) -> Path | None:
+    """The first of these files that a folder or hub id has; None if it has none, or the hub cannot be reached."""
+    for file in files:
+        if Path(path).is_dir():
+            found = Path(path) / file if (Path(path) / file).is_file() else None
+        else:
+            try:
+                found = cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+            except (OSError, ValueError):  # not reached, or not a name that the hub allows
+                return None
+        if found:
+            return Path(found)
+    return None
 
 
 def _absent(path: str, file: str) -> str:
-    where = "is not in that folder" if Path(path).is_dir() else "is not in the hub's cache on this machine, and the hub cannot be reached or has none"
-    return (
-        f"the file {file} of {path!r} {where}; give the path of a local folder with config.json, the .safetensors weights and the tokenizer"
-    )
+    folder = Path(path).is_dir()
+    where = "is not in that folder" if folder else "is not in the hub's cache on this machine and cannot be had from the hub"
+    return f"{file} of {path!r} {where}; give the path of a local folder that holds config.json, the .safetensors weights and the tokenizer"
 
 
 def source_of(path: str) -> Path:
     """The folder in which the files of a folder or hub id lie."""
-    return Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json"))).parent
+    config = reach(path, "config.json")
+    assert config is not None, "only asked for what was loaded"
+    return config.parent
 
 
 def published(network: Any) -> Generation:
