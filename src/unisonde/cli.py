@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +47,7 @@ def probe(
     guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance; as published if not given.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps of flow, diffusion and masked models.")] = None,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Items that share a batch.")] = 8,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Items that share a batch; 8 if not given.")] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long, and flag them.")] = False,
     keep_states: Annotated[bool, typer.Option("--keep-states", help="Also store the hidden states (safetensors).")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Measure items that failed in an earlier session again.")] = False,
@@ -71,7 +70,7 @@ def probe(
         reading=Reading(spans, step),  # type: ignore[arg-type]
         generation={"tokens": tokens, "temperature": temperature, "guidance": guidance, "steps": steps},
         seed=seed,
-        batch_size=batch_size,
+        **({} if batch_size is None else {"batch_size": batch_size}),
         truncate=truncate,
         keep_states=keep_states,
         retry=retry,
@@ -200,7 +199,7 @@ def _cell(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def main(arguments: list[str] | None = None, run: Callable[..., Any] = app) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The entry point: runs a command and turns what went wrong into one sentence and an exit code.
 
     0 done, 1 something asked for cannot be done, 2 the line cannot be understood, 130 stopped by hand.
@@ -208,13 +207,13 @@ def main(arguments: list[str] | None = None, run: Callable[..., Any] = app) -> i
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or bool(os.environ.get("UNISONDE_DEBUG"))
     given = spread([a for a in given if a != "--debug"])
+    if not debug:  # what transformers says of itself while it loads is of no use here
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        return run(given, standalone_mode=False) or 0
-    except typer.Exit as stop:
-        return stop.exit_code
+        code = app(given, standalone_mode=False) or 0
+        return _stopped() if code == STOPPED else code
     except (KeyboardInterrupt, typer.Abort):
-        err.print("stopped; the same command goes on where it was", highlight=False)
-        return 130
+        return _stopped()
     except Exception as error:
         if debug:
             raise
@@ -228,6 +227,12 @@ def main(arguments: list[str] | None = None, run: Callable[..., Any] = app) -> i
         return 1
 
 
+def _stopped() -> int:
+    err.print("stopped; the same command goes on where it was", highlight=False)
+    return STOPPED
+
+
+STOPPED = 130
 LISTS = ("--task", "--split")
 """Options that take several values after one name: `--task text image`."""
 
@@ -235,15 +240,15 @@ LISTS = ("--task", "--split")
 def spread(arguments: list[str]) -> list[str]:
     """`--task text image` as `--task text --task image`, which is what the parser understands."""
     result: list[str] = []
-    option: str | None = None
-    for k, argument in enumerate(arguments):
+    option, values = "", 0
+    for argument in arguments:
         if argument.startswith("-"):
-            option = argument if argument in LISTS else None
-            result.append(argument)
-        elif option is not None and arguments[k - 1] != option and k and not arguments[k - 1].startswith("-"):
-            result += [option, argument]
-        else:
-            result.append(argument)
+            option, values = argument if argument in LISTS else "", 0
+        elif option:
+            if values:
+                result.append(option)
+            values += 1
+        result.append(argument)
     return result
 
 

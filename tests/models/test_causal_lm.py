@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ def test_the_token_that_ends_a_response_is_template() -> None:
     lm = model()
     [free] = lm.respond(ITEMS[:1], "text", GREEDY)
     assert free.flags == ("full",) and free.tokens == 7
-    sequence = lm.network.generate(**lm.tokenizer("a red circle", return_tensors="pt"), max_new_tokens=7, do_sample=False, pad_token_id=0)
+    sequence = lm.network.generate(
+        **lm.tokenizer("a red circle", return_tensors="pt"), max_new_tokens=7, do_sample=False, pad_token_id=0
+    )
     third = sequence[0, -5].item()
     lm.ends = [third]
     kept = tiny.Kept()
@@ -175,7 +178,7 @@ def test_templates_that_hide_the_prompt_are_refused(template: str, sentence: str
 def test_the_window() -> None:
     lm = model(max_position_embeddings=20)
     long = Item("long", "", "x" * 30)
-    with pytest.raises(ValueError, match="item 'long' takes 30 positions.*has room for 13"):
+    with pytest.raises(ValueError, match=r"item 'long' takes 30 positions.*has room for 13"):
         lm.respond([ITEMS[0], long], "text", GREEDY)
     fits, cut = lm.respond([ITEMS[0], long], "text", GREEDY, truncate=True)
     assert "cut" in cut.flags and "cut" not in fits.flags
@@ -229,7 +232,7 @@ def test_a_last_norm_of_an_unknown_name_is_an_error() -> None:
     network = tiny.causal("llama")
     network.model.closing = network.model.norm
     del network.model.norm
-    with pytest.raises(ValueError, match="cannot tell the last norm.*closing"):
+    with pytest.raises(ValueError, match=r"cannot tell the last norm.*closing"):
         find_stack(network)
 
 
@@ -267,11 +270,18 @@ def test_missing_files_are_named(folder: Path, absent: str, sentence: str) -> No
         load(str(folder), "mine")
 
 
+def test_truncated_weights_are_an_error(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 5000)
+    with pytest.raises(ValueError, match="cannot be loaded") as caught:
+        load(str(folder), "mine")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="^config.json of 'nobody/nothing'.*local folder") as caught:
+    with pytest.raises(ValueError, match=r"^config.json of 'nobody/nothing'.*local folder") as caught:
         load("nobody/nothing", "mine")
     assert "\n" not in str(caught.value)
 
@@ -288,5 +298,5 @@ def test_code_of_the_repository_is_never_run(folder: Path) -> None:
     own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
     (folder / "config.json").write_text(json.dumps(config | own))
     (folder / "own.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(ValueError, match="trust_remote_code|cannot be loaded"):
+    with pytest.raises(ValueError, match=r"trust_remote_code|cannot be loaded"):
         load(str(folder), "mine")

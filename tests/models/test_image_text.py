@@ -1,4 +1,4 @@
-"""Image-and-text-to-text models: LLaVA with its processor, Qwen2-VL and Qwen2.5-VL without theirs, from folders in the hub's layout."""
+"""Image-and-text-to-text models from folders in the hub's layout: LLaVA with its processor, Qwen2-VL and Qwen2.5-VL without."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ QWEN_CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAVA_CHAT = (
-    "{% for m in messages %}{% if m.role == 'user' %}USER: {% for c in m.content %}{% if c.type == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}USER: "
+    "{% for c in m.content %}{% if c.type == 'image' %}<image>\n{% endif %}{% endfor %}"
     "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }} {% endif %}{% endfor %}"
     "{% else %}ASSISTANT: {% for c in m.content %}{{ c.text }}</s>{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -56,12 +57,23 @@ def write_qwen(folder: Path, kind: str) -> None:
         vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
         settings, build = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
     else:
-        vision |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 16}
+        vision |= {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [1],
+            "window_size": 16,
+        }
         settings, build = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
     torch.manual_seed(0)
     tiny.enliven(build(settings(text_config=text, vision_config=vision, **ids))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    settings = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor", "patch_size": 4, "merge_size": 2}
+    settings = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        "patch_size": 4,
+        "merge_size": 2,
+    }
     settings |= {"temporal_patch_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
@@ -79,7 +91,12 @@ def write_llava(folder: Path) -> None:
     tiny.enliven(transformers.LlavaForConditionalGeneration(config)).save_pretrained(folder)
     images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     processor = transformers.LlavaProcessor(
-        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=LLAVA_CHAT
+        images,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_CHAT,
     )
     processor.save_pretrained(folder)
 
@@ -218,9 +235,9 @@ def test_what_it_cannot_take(lm: ImageTextLM, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="item 'e' has an empty prompt"):
         lm.respond([Item("e", "", " ")], "text", GREEDY)
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="broken.png"):
+    with pytest.raises(ValueError, match=r"broken.png"):
         lm.respond([Item("b", "", "what?", tmp_path / "broken.png")], "text", GREEDY)
-    with pytest.raises(ValueError, match="item 'long' takes .* has room for 251"):
+    with pytest.raises(ValueError, match=r"item 'long' takes .* has room for 251"):
         lm.respond([Item("long", "", "x" * 300, picture())], "text", GREEDY)
     [cut] = lm.respond([Item("long", "", "x" * 300, picture())], "text", GREEDY, truncate=True)
     assert "cut" in cut.flags
@@ -240,11 +257,11 @@ def test_a_processor_that_rewrites_the_text_is_refused(llava: ImageTextLM) -> No
     ids = prompt.ids[:1] + prompt.ids[-30:]
     spans = (prompt.spans[0].__class__(0, len(ids), "prompt", "text", "content"),)
     with pytest.raises(ValueError, match="rewrites the text of item 'wide'"):
-        llava._follow(prompt.ids, ids[:-3] + [65] + ids[-3:], spans, "wide")
+        llava._follow(prompt.ids, [*ids[:-3], 65, *ids[-3:]], spans, "wide")
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     write_qwen(tmp_path, "qwen2_vl")
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="^preprocessor_config.json of .* is not in that folder"):
+    with pytest.raises(ValueError, match=r"^preprocessor_config.json of .* is not in that folder"):
         load(str(tmp_path), "mine")

@@ -32,7 +32,7 @@ def texts(tokenizer: PreTrainedTokenizerFast, ids: list[int], spans: tuple[Span,
 def test_the_whole_text_is_tokenised_at_once() -> None:
     segments = [template("User:"), content(" abb"), template("\n<end>")]
     tokenizer = merging()
-    ids, spans = encode(tokenizer, segments)
+    ids, _ = encode(tokenizer, segments)
     assert ids == tokenizer("User: abb\n<end>")["input_ids"]
 
 
@@ -47,7 +47,9 @@ def test_a_token_over_two_segments_belongs_to_the_one_of_its_last_character() ->
 
 
 def test_modalities_and_special_tokens() -> None:
-    ids, spans = encode(BYTES, [template("see "), content("<image>" * 4, "image"), template("\n"), content("what?"), template("<end>")])
+    ids, spans = encode(
+        BYTES, [template("see "), content("<image>" * 4, "image"), template("\n"), content("what?"), template("<end>")]
+    )
     assert [(s.modality, s.kind, len(s)) for s in spans] == [
         ("text", "template", 4),
         ("image", "content", 4),

@@ -87,7 +87,9 @@ def tiny_gguf(monkeypatch: pytest.MonkeyPatch, source: Path, tmp_path: Path) -> 
     return tmp_path / "cache"
 
 
-def test_it_is_unpacked_once_and_again_if_it_breaks(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_it_is_unpacked_once_and_again_if_it_breaks(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     lm = smollm.load()
     assert lm.name == "smollm2-135m-q4" and capsys.readouterr().out == ""
     torch.testing.assert_close(lm.network.state_dict(), tiny.causal("llama", tie_word_embeddings=True).state_dict(), rtol=0, atol=0)

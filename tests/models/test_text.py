@@ -13,7 +13,7 @@ from unisonde.models.parts.segments import spans_of
 from unisonde.models.parts.text import Written, cut_to_window, pad, write_text
 from unisonde.models.trace import Span
 
-T, C, I = ("text", "template"), ("text", "content"), ("image", "content")
+T, C, P = ("text", "template"), ("text", "content"), ("image", "content")
 
 
 def test_padding() -> None:
@@ -33,17 +33,17 @@ def test_what_fits_is_left_alone() -> None:
 
 
 def test_the_end_of_the_last_text_is_cut_and_the_template_stays() -> None:
-    ids, spans, flags = cut([T, I, I, T, C, C, C, C, T, T], 8)
+    ids, spans, flags = cut([T, P, P, T, C, C, C, C, T, T], 8)
     assert ids == [0, 1, 2, 3, 4, 5, 8, 9] and flags == ("cut",)
-    assert spans == spans_of([T, I, I, T, C, C, T, T])
+    assert spans == spans_of([T, P, P, T, C, C, T, T])
     ids, spans, _ = cut([C, C, T, C, C, C, T], 5)
     assert ids == [0, 1, 2, 3, 6] and spans == spans_of([C, C, T, C, T])
 
 
 def test_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="item 'i' takes 4 positions with its template, mine has room for 3.*--truncate"):
+    with pytest.raises(ValueError, match=r"item 'i' takes 4 positions with its template, mine has room for 3.*--truncate"):
         cut([T, C, C, T], 3, truncate=False)
-    for kinds, window in (([T, C, C, T], 2), ([T, T, T], 2), ([I, I, T], 2), ([C, C], 0), ([C, C], -3)):
+    for kinds, window in (([T, C, C, T], 2), ([T, T, T], 2), ([P, P, T], 2), ([C, C], 0), ([C, C], -3)):
         with pytest.raises(ValueError, match="leaves no room"):
             cut(kinds, window)
 

@@ -1,7 +1,7 @@
 """One `Trace` for every kind of model: toys of a masked, a two-stage and a packed one, readings, and what is refused.
 
-The toys are as small as they can be and still make the calls that real families make. Each is checked in the one way that settles it:
-the recorded input is run again, by hand, and gives the same states.
+The toys are as small as they can be and still make the calls that real families make. Each is checked in the way that
+settles it: the recorded input is run again, by hand, and gives the same states.
 """
 
 from __future__ import annotations
@@ -73,12 +73,19 @@ class Masked(nn.Module):
         ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts])
         lengths = torch.tensor([len(p) for p in prompts])
         causal = torch.ones(longest, longest).tril().bool()
-        prompt_rows = [Row(k, (Span(0, 1, "prompt", "text", "template"), Span(1, len(p), "prompt", "text"))) for k, p in enumerate(prompts)]
+        prompt_rows = [
+            Row(k, (Span(0, 1, "prompt", "text", "template"), Span(1, len(p), "prompt", "text"))) for k, p in enumerate(prompts)
+        ]
         self.inputs["single"] = ids
         with trace.record(self.stack, prompt_rows, "single"):
             self.body(self.embed(ids), causal)
 
-        image = tuple([Span(longest, longest + CODES, "response", "image"), Span(longest + CODES, longest + CODES + 1, "response", "image", "template")])
+        image = tuple(
+            [
+                Span(longest, longest + CODES, "response", "image"),
+                Span(longest + CODES, longest + CODES + 1, "response", "image", "template"),
+            ]
+        )
         image_rows = [Row(k, image) for k in range(count)]
         codes = torch.full((count, CODES), MASK)
         for step in range(STEPS):
@@ -89,7 +96,9 @@ class Masked(nn.Module):
                 states = self.body(self.embed(both), self._visible(lengths, longest))
             scores = self.head(states[:, longest : longest + CODES])
             scores = scores[count:] + 3.0 * (scores[:count] - scores[count:])
-            codes = torch.where(torch.arange(CODES) < CODES * (step + 1) // STEPS, torch.where(codes == MASK, scores.argmax(-1), codes), MASK)
+            codes = torch.where(
+                torch.arange(CODES) < CODES * (step + 1) // STEPS, torch.where(codes == MASK, scores.argmax(-1), codes), MASK
+            )
         if trace.wants("clean"):
             both = self._sequence(ids, codes)
             self.inputs["clean"] = both
@@ -178,7 +187,9 @@ def test_a_row_of_an_item_keeps_its_number() -> None:
     with Trace(seen.append).record(Stack("llm", tuple(body.layers), body.norm), rows):
         body(x)
     assert [(s.item, len(s.states)) for s in seen[:2]] == [(7, 2), (3, 4)]  # what no span covers is not handed on
-    assert torch.equal(seen[0].select("prompt", Reading()), x[1, :2]) and torch.equal(seen[1].select("prompt", Reading()), x[2, 1:4])
+    assert torch.equal(seen[0].select("prompt", Reading()), x[1, :2]) and torch.equal(
+        seen[1].select("prompt", Reading()), x[2, 1:4]
+    )
 
 
 # -- two stages, packing --------------------------------------------------------------------------------------------------------
@@ -246,18 +257,27 @@ def nobody(_: LayerStates) -> None:
 
 
 def test_two_passes_in_one_recording(body: Body) -> None:
-    with pytest.raises(RuntimeError, match="layer 0 of 'llm' ran twice in one recorded pass"), Trace(nobody).record(stack(body), [ROW]):
+    with (
+        pytest.raises(RuntimeError, match="layer 0 of 'llm' ran twice in one recorded pass"),
+        Trace(nobody).record(stack(body), [ROW]),
+    ):
         for _ in range(2):
             body(torch.randn(1, 2, WIDTH))
 
 
 def test_another_number_of_rows(body: Body) -> None:
-    with pytest.raises(RuntimeError, match="layer 0 of 'llm' gave 2 rows, 1 were announced"), Trace(nobody).record(stack(body), [ROW]):
+    with (
+        pytest.raises(RuntimeError, match="layer 0 of 'llm' gave 2 rows, 1 were announced"),
+        Trace(nobody).record(stack(body), [ROW]),
+    ):
         body(torch.randn(2, 2, WIDTH))
 
 
 def test_layers_that_never_ran(body: Body) -> None:
-    with pytest.raises(RuntimeError, match=r"gave 2 of 5 layers \(step 'final'\)"), Trace(nobody).record(stack(body), [ROW], "final"):
+    with (
+        pytest.raises(RuntimeError, match=r"gave 2 of 5 layers \(step 'final'\)"),
+        Trace(nobody).record(stack(body), [ROW], "final"),
+    ):
         body.layers[0](torch.randn(1, 2, WIDTH))
     with pytest.raises(RuntimeError, match="gave 0 of 5 layers"), Trace(nobody).record(stack(body), [ROW]):
         pass

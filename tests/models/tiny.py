@@ -54,7 +54,7 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def causal(family: str, seed: int = 0, **changes: Any) -> Any:
-    """A tiny causal language model. At the published scale of weights, 0.02, three layers this narrow would hardly change a state."""
+    """A tiny causal language model. At weights of the published scale, 0.02, three layers this narrow hardly change a state."""
     name, settings = CAUSAL[family]
     torch.manual_seed(seed)
     network = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**(settings | changes)))

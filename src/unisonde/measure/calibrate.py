@@ -426,9 +426,9 @@ def _information() -> Iterator[Case]:
 def _gaussian() -> Iterator[Case]:
     """The channel y = x + noise with a Gaussian codebook, P = 4, N = 1, by the trapezoidal rule, in nats."""
     power = 4.0
-    x = np.linspace(-16, 16, 129)
-    noise = np.linspace(-7, 7, 43)
-    codeword, error = (a.ravel() for a in np.meshgrid(np.arange(129), noise, indexing="ij"))
+    x = np.linspace(-15, 15, 61)
+    noise = np.linspace(-7, 7, 29)
+    codeword, error = (a.ravel() for a in np.meshgrid(np.arange(61), noise, indexing="ij"))
     codeword = codeword.astype(int)
     received = x[codeword] + error
     weights = torch.from_numpy(np.exp(-(x[codeword] ** 2) / (2 * power) - error**2 / 2))

@@ -1,7 +1,7 @@
 """Any causal language model of `transformers`: text in, text out.
 
-Prompt states: the positions of the user's text; what the chat template puts around it, or BOS where there is no template, is template.
-Response states: the positions at which a response token is the input (DESIGN.md, decision 3); the tokens that end a response are
+Prompt states: the positions of the user's text; what the chat template puts around it is template, and so is BOS. Response states:
+the positions at which a response token is the input (DESIGN.md, decision 3); the tokens that end a response are
 template. Stack `llm`: the decoder's layers and last norm; one teacher-forced pass, step `single`. Padding is on the left while a
 response is written and on the right while it is read; both are masked.
 """

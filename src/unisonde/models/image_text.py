@@ -1,9 +1,9 @@
 """Any image-and-text-to-text model of `transformers`: LLaVA, Qwen2-VL, Gemma 3 and their like.
 
 Prompt states: of the picture, the positions at which its features enter the decoder (their token is the configuration's
-`image_token_id`); of the text, the positions of the user's own words. Marks around the picture, line breaks between its rows and the
-chat template are template. Response states: the positions at which a response token is the input (DESIGN.md, decision 3). Stack `llm`:
-the decoder, one teacher-forced pass, step `single`; the vision tower is not part of it.
+`image_token_id`); of the text, the positions of the user's own words. Marks around the picture, breaks between its rows and the
+chat template are template. Response states: the positions at which a response token is the input (DESIGN.md, decision 3). Stack
+`llm`: the decoder, one teacher-forced pass, step `single`; the vision tower is not part of it.
 
 Items run one at a time: pictures differ in size and number of positions, families differ in how they batch them, and a batch of one
 needs no padding. Pictures go through the published processor; where that cannot be built because its video half wants torchvision,
@@ -78,7 +78,9 @@ class ImageTextLM(Model):
     ) -> None:
         kind = network.config.model_type
         if processor is None and kind not in PLAIN:
-            raise ValueError(f"{name} ({kind}) needs its published processor for pictures, and that needs torchvision: pip install torchvision")
+            raise ValueError(
+                f"{name} ({kind}) needs its published processor for pictures, and that needs torchvision: pip install torchvision"
+            )
         self.network = network.eval()
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -155,7 +157,9 @@ class ImageTextLM(Model):
             for key in ALONG:
                 marks = given.pop(key, None)
                 if marks is not None and not torch.equal(marks[0].long(), (whole == self.image_id).long()):
-                    raise ValueError(f"{self.name} marks its positions with {key} in a way that is not known here, so it cannot be read")
+                    raise ValueError(
+                        f"{self.name} marks its positions with {key} in a way that is not known here, so it cannot be read"
+                    )
             given.pop("attention_mask", None)
             return whole.tolist(), self._place(given)
         inputs = self._place(dict(self.image_processor(images=[picture], return_tensors="pt")))
@@ -172,13 +176,16 @@ class ImageTextLM(Model):
 
         The text behind the picture is tokenised alike with and without it, so its positions are counted from the end.
         """
-        same = next((k for k, (a, b) in enumerate(zip(reversed(whole), reversed(ids), strict=False)) if a != b), min(len(whole), len(ids)))
+        same = next(
+            (k for k, (a, b) in enumerate(zip(reversed(whole), reversed(ids), strict=False)) if a != b), min(len(whole), len(ids))
+        )
         kinds: list[tuple[Modality, Kind]] = [(s.modality, s.kind) for s in spans for _ in range(len(s))]
         words = [k for k, (_, kind) in enumerate(kinds) if kind == "content" and ids[k] != self.image_id]
         if self.image_id not in whole or (words and words[0] < len(ids) - same):
             raise ValueError(f"the processor of {self.name} rewrites the text of item {item!r}, so its positions cannot be told")
         kinds = [("text", "template")] * (len(whole) - same) + kinds[len(kinds) - same :]
-        return spans_of([("image", "content") if token == self.image_id else kind for token, kind in zip(whole, kinds, strict=True)])
+        feature: tuple[Modality, Kind] = ("image", "content")
+        return spans_of([feature if token == self.image_id else kind for token, kind in zip(whole, kinds, strict=True)])
 
     # ----------------------------------------------------------------------------------------------------------- responses
 
@@ -223,7 +230,7 @@ def load(path: str, name: str, device: str | torch.device | None = None, dtype: 
     """The image-and-text-to-text model of a local folder or hub id.
 
     Raises:
-        ValueError: a file is missing or the hub cannot be reached (the sentence names the file), or its processor needs torchvision.
+        ValueError: a file is missing or cannot be reached (the sentence names it), or the processor needs torchvision.
     """
     path = str(path)
     tokenizer = load_tokenizer(path)

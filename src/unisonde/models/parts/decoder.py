@@ -13,7 +13,17 @@ from torch import nn
 
 from unisonde.models.trace import Stack
 
-LAST_NORMS = ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "final_norm", "layer_norm", "embedding_norm", "ln_out")
+LAST_NORMS = (
+    "norm",
+    "ln_f",
+    "norm_f",
+    "final_layernorm",
+    "final_layer_norm",
+    "final_norm",
+    "layer_norm",
+    "embedding_norm",
+    "ln_out",
+)
 """Names that last norms go by. `embedding_norm` is LFM2's, `layer_norm` XGLM's, `ln_out` RWKV's."""
 
 
@@ -33,7 +43,7 @@ def find_stack(network: Any, name: str = "llm") -> Stack:
     if len(found) != 1:
         seen = ", ".join(f"{path} ({len(module)})" for path, module in outer.items()) or "none"
         raise ValueError(
-            f"cannot tell the layers of {family}: its configuration says {depth}, its lists of modules are {seen}; use unisonde.watch"
+            f"cannot tell the layers of {family}: the configuration says {depth}, lists of modules are {seen}; use unisonde.watch"
         )
     parent = decoder.get_submodule(found[0].rpartition(".")[0])
     children = list(parent.named_children())

@@ -23,7 +23,15 @@ TOKENS = 64
 """The most tokens of a response where the model's publisher names no number."""
 
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.txt")
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "vocab.txt",
+)
 """Files that a tokenizer can be made from."""
 
 
@@ -41,11 +49,15 @@ def load_network(auto: Any, path: str, device: str | torch.device | None, dtype:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     network, found = part(
-        path, "model.safetensors", lambda: auto.from_pretrained(path, dtype=kind, trust_remote_code=False, output_loading_info=True, **options)
+        path,
+        "model.safetensors",
+        lambda: auto.from_pretrained(path, dtype=kind, trust_remote_code=False, output_loading_info=True, **options),
     )
     gaps = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if gaps:
-        raise ValueError(f"the weights of {path!r} lack {', '.join(gaps[:5])}" + (f" and {len(gaps) - 5} more" if len(gaps) > 5 else ""))
+        raise ValueError(
+            f"the weights of {path!r} lack {', '.join(gaps[:5])}" + (f" and {len(gaps) - 5} more" if len(gaps) > 5 else "")
+        )
     return network.to(device).eval()
 
 
@@ -70,11 +82,13 @@ def part(path: str, file: str, load: Callable[[], T]) -> T:
         raise ValueError(_absent(path, "config.json"))
     try:
         return load()
-    except OSError as error:
-        raise ValueError(_absent(path, file)) from error
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and reach(path, file) is None:
+            raise ValueError(_absent(path, file)) from error
         if "trust_remote_code" in str(error):
-            raise ValueError(f"{path!r} runs only with code from its own repository (trust_remote_code), which is never run here") from None
+            raise ValueError(
+                f"{path!r} runs only with code from its own repository (trust_remote_code), which is never run here"
+            ) from None
         raise ValueError(f"{path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -82,7 +96,7 @@ def reach(path: str, *files: str) -> Path | None:
     """The first of these files that a folder or hub id has; None if it has none, or the hub cannot be reached."""
     for file in files:
         if Path(path).is_dir():
-            found = Path(path) / file if (Path(path) / file).is_file() else None
+            found = str(Path(path) / file) if (Path(path) / file).is_file() else None
         else:
             try:
                 found = cached_file(path, file, _raise_exceptions_for_missing_entries=False)
@@ -96,7 +110,9 @@ def reach(path: str, *files: str) -> Path | None:
 def _absent(path: str, file: str) -> str:
     folder = Path(path).is_dir()
     where = "is not in that folder" if folder else "is not in the hub's cache on this machine and cannot be had from the hub"
-    return f"{file} of {path!r} {where}; give the path of a local folder that holds config.json, the .safetensors weights and the tokenizer"
+    return (
+        f"{file} of {path!r} {where}; give the path of a local folder with config.json, the .safetensors weights and the tokenizer"
+    )
 
 
 def source_of(path: str) -> Path:
@@ -129,4 +145,3 @@ def window_of(network: Any) -> int | None:
     """The most positions of a sequence; None where the configuration sets no bound (Bloom, Mamba)."""
     config = network.config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-

@@ -32,14 +32,14 @@ def content(text: str, modality: Modality = "text") -> Segment:
 def encode(tokenizer: Any, segments: Sequence[Segment], *, special: bool = True) -> tuple[list[int], tuple[Span, ...]]:
     """Token ids of the joined text and their prompt spans.
 
-    A token that reaches over two segments (a space that the vocabulary joins to the next word) belongs to the one that holds its last
-    character. Tokens that the tokenizer adds (BOS) are template.
+    A token that reaches over two segments (a space that the vocabulary joins to the next word) belongs to the one that holds its
+    last character. Tokens that the tokenizer adds (BOS) are template.
 
     Args:
         special: whether the tokenizer adds its own special tokens.
     """
     encoded = tokenizer("".join(s.text for s in segments), return_offsets_mapping=True, add_special_tokens=special)
-    ends = []
+    ends: list[int] = []
     for segment in segments:
         ends.append((ends[-1] if ends else 0) + len(segment.text))
     owners: list[Segment] = []

@@ -111,7 +111,7 @@ def write_text(
     given = {"attention_mask": mask} | ({"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings})
     published = network.generation_config
     looks_back = any(getattr(published, name, None) not in (None, off) for name, off in LOOK_BACK.items())
-    if len(ids) == 1 or generation.temperature == 0 and not looks_back:
+    if len(ids) == 1 or (generation.temperature == 0 and not looks_back):
         batches = [given]
     else:
         starts = (mask == 0).sum(1).tolist()
