@@ -116,7 +116,16 @@ def test_a_line_that_cannot_be_understood(line) -> None:
 
 
 def test_several_values_after_one_option() -> None:
-    assert spread(["probe", "m", "--task", "text", "image", "--out", "r"]) == ["probe", "m", "--task", "text", "--task", "image", "--out", "r"]
+    assert spread(["probe", "m", "--task", "text", "image", "--out", "r"]) == [
+        "probe",
+        "m",
+        "--task",
+        "text",
+        "--task",
+        "image",
+        "--out",
+        "r",
+    ]
     assert spread(["probe", "--task", "text", "--limit", "5"]) == ["probe", "--task", "text", "--limit", "5"]
     assert spread(["score", "m", "--split", "test", "compositional", "train"]).count("--split") == 3
 

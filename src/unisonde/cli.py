@@ -78,7 +78,9 @@ def probe(
     )
     items = run.items()
     failed = items.filter(items["error"].is_not_null())
-    err.print(f"{len(items) - len(failed)} items measured into {out}; `unisonde report {out} -o report.html` shows them", highlight=False)
+    err.print(
+        f"{len(items) - len(failed)} items measured into {out}; `unisonde report {out} -o report.html` shows them", highlight=False
+    )
     if len(failed):
         first = failed.row(0, named=True)
         err.print(f"{len(failed)} items failed, the first: {first['error']}", style="yellow", highlight=False, markup=False)
@@ -150,7 +152,9 @@ def train(
     twin: Annotated[str, typer.Argument(help="The twin to make: janus-pro.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The folder to write; twins/NAME if not given.")] = None,
     seed: Seed = 0,
-    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32; auto takes bf16 where the processor multiplies in it.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto, bf16 or fp32; auto takes bf16 where the processor multiplies in it.")
+    ] = "auto",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of joint training; the recipe's if not given.")] = None,
     code_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the image tokenizer; the recipe's if not given.")] = None,
 ) -> None:

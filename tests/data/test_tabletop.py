@@ -156,7 +156,9 @@ def evaluate(scene: Scene, question: grammar.Question) -> str | None:
         assert len(fits) == 1, (text, words)
         named += fits
     if len(named) == 1:
-        return {"what colour": named[0].colour, "what size i": named[0].size, "what kind o": named[0].shape}.get(text[:11], named[0].place)
+        return {"what colour": named[0].colour, "what size i": named[0].size, "what kind o": named[0].shape}.get(
+            text[:11], named[0].place
+        )
     a, b = named
     for words, truth in (
         ("above", a.row < b.row),

@@ -38,7 +38,9 @@ def observed(model: JanusPro, items: list[Item], task: str, settings: Generation
     return states, model.respond(items, task, settings, 5, Trace(keep))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("task", "items", "settings"), [("image", PROMPTS, DRAW), ("text", QUESTIONS, WRITE), ("text", PROMPTS, WRITE)])
+@pytest.mark.parametrize(
+    ("task", "items", "settings"), [("image", PROMPTS, DRAW), ("text", QUESTIONS, WRITE), ("text", PROMPTS, WRITE)]
+)
 def test_teacher_forcing_gives_the_states_of_generation(model, task, items, settings) -> None:
     item = items[0]
     states, [response] = observed(model, [item], task, settings)
@@ -94,7 +96,9 @@ def test_spans_of_a_question(model) -> None:
     encoded = model.encode(QUESTIONS[0], "text", 10)
     words = model.tokenizer.convert_ids_to_tokens(encoded.ids)
     image, text = (s for s in encoded.spans if s.kind == "content")
-    assert (image.modality, len(image)) == ("image", 64) and words[image.start - 1] == BEGIN_IMAGE and words[image.stop] == END_IMAGE
+    assert (
+        (image.modality, len(image)) == ("image", 64) and words[image.start - 1] == BEGIN_IMAGE and words[image.stop] == END_IMAGE
+    )
     assert set(words[image.start : image.stop]) == {IMAGE}
     assert words[text.start : text.stop] == model.tokenizer.tokenize(QUESTIONS[0].prompt)
 
@@ -166,7 +170,10 @@ def test_a_long_prompt_is_cut_and_flagged_on_request(model) -> None:
 
 
 def test_a_word_of_the_prompt_may_be_upper_case(model) -> None:
-    assert model.encode(Item("a", "c", "A Large RED ring"), "image", 64).ids == model.encode(Item("a", "c", "a large red ring"), "image", 64).ids
+    assert (
+        model.encode(Item("a", "c", "A Large RED ring"), "image", 64).ids
+        == model.encode(Item("a", "c", "a large red ring"), "image", 64).ids
+    )
 
 
 @pytest.mark.parametrize(("size", "billions"), [((2048, 5632, 24, 16), 2.089), ((4096, 11008, 30, 32), 7.420)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_ticks(last: int) -> None:
     assert (places[0], labels[-1], places[-1]) == (0, "final", last)
     assert len(places) <= 15
     assert all(label == str(place) for place, label in zip(places[:-1], labels[:-1], strict=True))
-    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(places)]
     assert min(gaps) >= gaps[0] or gaps[0] == 1
     assert ticks([0, 1, 2], None) == ([0, 1, 2], ["0", "1", "2"])
 

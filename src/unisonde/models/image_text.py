@@ -1,4 +1,4 @@
-"""Any image-and-text-to-text model of `transformers`: LLaVA, Qwen2-VL, Gemma 3 and their like.
+"""Any image-and-text-to-text model of `transformers`: LLaVA, Qwen2-VL, Qwen2.5-VL and their like.
 
 Prompt states: of the picture, the positions at which its features enter the decoder (their token is the configuration's
 `image_token_id`); of the text, the positions of the user's own words. Marks around the picture, breaks between its rows and the
@@ -183,8 +183,9 @@ class ImageTextLM(Model):
         words = [k for k, (_, kind) in enumerate(kinds) if kind == "content" and ids[k] != self.image_id]
         if self.image_id not in whole or (words and words[0] < len(ids) - same):
             raise ValueError(f"the processor of {self.name} rewrites the text of item {item!r}, so its positions cannot be told")
-        kinds = [("text", "template")] * (len(whole) - same) + kinds[len(kinds) - same :]
+        outside: tuple[Modality, Kind] = ("text", "template")
         feature: tuple[Modality, Kind] = ("image", "content")
+        kinds = [outside] * (len(whole) - same) + kinds[len(kinds) - same :]
         return spans_of([feature if token == self.image_id else kind for token, kind in zip(whole, kinds, strict=True)])
 
     # ----------------------------------------------------------------------------------------------------------- responses

@@ -99,9 +99,7 @@ def twin(vocabulary: int, image_token: int) -> JanusConfig:
         projection_dim=hidden,
         image_token_embed_dim=hidden,
     )
-    return JanusConfig(
-        text_config=text, vision_config=vision, vq_config=vq, image_token_id=image_token, tie_word_embeddings=False
-    )
+    return JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=image_token, tie_word_embeddings=False)
 
 
 @dataclass(frozen=True)
@@ -208,8 +206,12 @@ class JanusPro(Model):
         ids, spans = encode(self.tokenizer, self.segments(item, task))
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in ids:
-            words = sorted({w for w in re.findall(r"\w+|[^\w\s]", item.prompt) if self.tokenizer.convert_tokens_to_ids(w.lower()) == unknown})
-            raise ValueError(f"{self.name} does not know the words {', '.join(words[:8])} of item {item.id!r}; it was trained on few")
+            words = sorted(
+                {w for w in re.findall(r"\w+|[^\w\s]", item.prompt) if self.tokenizer.convert_tokens_to_ids(w.lower()) == unknown}
+            )
+            raise ValueError(
+                f"{self.name} does not know the words {', '.join(words[:8])} of item {item.id!r}; it was trained on few"
+            )
         ids, spans, flags = cut_to_window(ids, spans, self.window - room, truncate, self.name, item.id)
         pixels = None
         if (picture := item.picture()) is not None:
@@ -253,9 +255,7 @@ class JanusPro(Model):
             features: Tensor | None = self.code_features(codes)
             held = [spans_of([("image", "content")] * self.codes, "response", len(p.ids)) for p in prompts]
             pictures = self.decode(codes)
-            responses = [
-                Response(self.codes, image=picture, flags=p.flags) for p, picture in zip(prompts, pictures, strict=True)
-            ]
+            responses = [Response(self.codes, image=picture, flags=p.flags) for p, picture in zip(prompts, pictures, strict=True)]
         else:
             pixels = [p.pixels for p in prompts if p.pixels is not None]
             features = self.see(torch.stack(pixels)) if pixels else None
@@ -281,7 +281,15 @@ class JanusPro(Model):
         ids, mask = pad([p.ids for p in prompts], self.pad_id, "left")
         ids, mask = ids.to(self.device), mask.to(self.device)
         return write_text(
-            self.network, self.tokenizer, ids, mask, generation, seeds, self.eos_id, self.pad_id, embeddings=self.embed(ids, features)
+            self.network,
+            self.tokenizer,
+            ids,
+            mask,
+            generation,
+            seeds,
+            self.eos_id,
+            self.pad_id,
+            embeddings=self.embed(ids, features),
         )
 
     @torch.inference_mode()

@@ -40,7 +40,9 @@ def rows_of(split: Split, count: int, seed: int) -> Iterator[Row]:
     for category in TEXT_CATEGORIES:
         yield Row(f"infer: {category}", "text", [text_item(category, split, seed, k) for k in range(count)])
     captions = [question_item("attribute", split, seed, k) for k in range(count)]
-    yield Row("describe: picture", "text", [Item(i.id, "caption", grammar.CAPTION_REQUESTS[0], i.image, i.labels) for i in captions])
+    yield Row(
+        "describe: picture", "text", [Item(i.id, "caption", grammar.CAPTION_REQUESTS[0], i.image, i.labels) for i in captions]
+    )
     for category in IMAGE_CATEGORIES:
         yield Row(f"answer: {category}", "text", [question_item(category, split, seed, k) for k in range(count)])
 

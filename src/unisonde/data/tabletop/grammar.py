@@ -154,9 +154,7 @@ def _scene(rng: random.Random, things: Sequence[Thing]) -> Scene:
 def _thing(rng: random.Random, taken: Sequence[Thing] = (), **fixed: object) -> Thing:
     """A random thing in a free cell, some of its properties fixed."""
     while True:
-        thing = Thing(
-            rng.randrange(3), rng.randrange(3), rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(tuple(SIZES))
-        )
+        thing = Thing(rng.randrange(3), rng.randrange(3), rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(tuple(SIZES)))
         thing = replace(thing, **fixed)  # type: ignore[arg-type]
         if thing.cell not in {other.cell for other in taken}:
             return thing

@@ -1,0 +1,178 @@
+"""Generalised mutual information: laws, held-out honesty, and the printed equation that is never positive."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
+
+from unisonde.measure import (
+    calibration_loss,
+    equation_3_as_printed,
+    gmi,
+    gmi_test,
+    information_at_one,
+    v_information,
+)
+
+
+def sample(n: int, k: int, strength: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(k, size=n)
+    scores = rng.normal(size=(n, k))
+    scores[np.arange(n), labels] += strength
+    return scores, labels
+
+
+def by_hand(scores: np.ndarray, labels: np.ndarray, s: float) -> float:
+    k = scores.shape[1]
+    prior = np.bincount(labels, minlength=k) / len(labels)
+    with np.errstate(divide="ignore"):
+        values = s * scores[np.arange(len(labels)), labels] - logsumexp(s * scores + np.log(prior), axis=1)
+    return float(values.mean() / math.log(2))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(5, 60), st.integers(2, 5), st.floats(-1, 2), st.integers(0, 10**6))
+def test_the_supremum_is_that_of_a_library(n: int, k: int, strength: float, seed: int) -> None:
+    scores, labels = sample(n, k, strength, seed)
+    ours = gmi(scores, labels, folds=1)
+    best = minimize_scalar(lambda s: -by_hand(scores, labels, s), bounds=(0, 60), method="bounded", options={"xatol": 1e-10})
+    assert ours.value >= -best.fun - 1e-7
+    assert ours.value == pytest.approx(by_hand(scores, labels, ours.s), abs=1e-9)
+    assert -1e-12 <= ours.value <= ours.ceiling + 1e-9
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.1, 10), st.integers(0, 10**6))
+def test_scaling_and_shifting_a_score_changes_nothing(a: float, seed: int) -> None:
+    scores, labels = sample(40, 3, 1.0, seed)
+    shift = np.random.default_rng(seed).normal(size=(40, 1)) * 5
+    assert gmi(a * scores + shift, labels).value == pytest.approx(gmi(scores, labels).value, abs=1e-7)
+    assert gmi(a * scores, labels).s == pytest.approx(gmi(scores, labels).s / a, rel=1e-6)
+
+
+def test_a_score_that_ignores_the_input_is_worth_nothing() -> None:
+    labels = np.arange(60) % 3
+    scores = np.tile(np.log([0.5, 0.3, 0.2]), (60, 1))
+    assert gmi(scores, labels).value == pytest.approx(0.0, abs=1e-9)
+    assert gmi(scores, labels).s == 0.0
+
+
+def test_a_calibrated_score_has_tilt_one_and_no_loss() -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(40000, 3))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = (rng.random((40000, 1)) > probabilities.cumsum(1)).sum(1)
+    e = gmi(np.log(probabilities), labels, "uniform")
+    assert e.s == pytest.approx(1.0, abs=0.05)
+    assert abs(calibration_loss(np.log(probabilities), labels, "uniform").value) < 1e-3
+
+
+def test_cross_fitting_is_honest_about_noise() -> None:
+    inside, outside = [], []
+    for seed in range(60):
+        scores, labels = sample(30, 4, 0.0, seed)
+        inside.append(gmi(scores, labels, folds=1).value)
+        outside.append(gmi(scores, labels).value)
+    assert np.mean(inside) > 0.005
+    assert np.mean(outside) < 0.0
+    assert min(outside) < 0.0  # held-out values are not clamped
+
+
+def test_the_cross_fit_by_hand() -> None:
+    scores, labels = sample(21, 3, 1.0, 5)
+    e = gmi(scores, labels, "uniform", folds=3, seed=2)
+    fold = np.empty(21, dtype=int)
+    fold = (np.arange(21) % 3)[torch.randperm(21, generator=torch.Generator().manual_seed(2)).numpy()]
+    held = np.empty(21)
+    for index in range(3):
+        s = gmi(scores[fold != index], labels[fold != index], "uniform", folds=1).s
+        rows = np.flatnonzero(fold == index)
+        held[rows] = (s * scores[rows, labels[rows]] - logsumexp(s * scores[rows] - math.log(3), axis=1)) / math.log(2)
+    assert e.value == pytest.approx(held.mean(), abs=1e-9)
+    assert e.stderr == pytest.approx(held.std(ddof=1) / math.sqrt(21), abs=1e-9)
+    assert e.contributions == pytest.approx(tuple(held), abs=1e-9)
+    assert e.s == pytest.approx(gmi(scores, labels, "uniform", folds=1).s)
+
+
+def test_a_perfect_score_reaches_the_entropy_of_the_answers() -> None:
+    labels = np.arange(90) % 3
+    scores = np.eye(3)[labels]
+    e = gmi(scores, labels)
+    assert e.value == pytest.approx(math.log2(3), abs=1e-6)
+    assert math.isfinite(e.s)
+    ruled_out = np.where(np.eye(3)[labels] > 0, 0.0, -np.inf)
+    assert gmi(ruled_out, labels).value == pytest.approx(math.log2(3), abs=1e-9)
+
+
+def test_a_right_answer_that_was_ruled_out() -> None:
+    scores = np.array([[0.0, -np.inf], [0.0, -np.inf], [-np.inf, 0.0]])
+    e = gmi(scores, [0, 1, 1], folds=1)
+    assert (e.value, e.s) == (0.0, 0.0)
+    assert information_at_one(scores, [0, 1, 1]).value == -math.inf
+
+
+def test_the_permutation_null_is_at_zero_and_tells_signal_from_noise() -> None:
+    scores, labels = sample(80, 3, 1.5, 0)
+    test = gmi_test(scores, labels, permutations=49)
+    assert test.p == pytest.approx(1 / 50)
+    assert abs(test.null_mean) < 0.05
+    scores, labels = sample(80, 3, 0.0, 0)
+    assert gmi_test(scores, labels, permutations=49).p > 0.05
+
+
+def test_v_information_is_a_difference_of_cross_entropies() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(50, 4))
+    log_p = logits - logsumexp(logits, axis=1, keepdims=True)
+    labels = rng.integers(4, size=50)
+    prior = np.bincount(labels, minlength=4) / 50
+    expected = (log_p[np.arange(50), labels] - np.log(prior[labels])).mean() / math.log(2)
+    assert v_information(log_p, labels).value == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(ValueError, match="normalised in each row"):
+        v_information(logits, labels)
+
+
+def test_gmi_is_the_v_information_of_the_tilted_decoder() -> None:
+    scores, labels = sample(70, 4, 1.0, 3)
+    e = gmi(scores, labels, folds=1)
+    prior = np.bincount(labels, minlength=4) / 70
+    tilted = np.log(prior) + e.s * scores
+    tilted -= logsumexp(tilted, axis=1, keepdims=True)
+    assert v_information(tilted, labels).value == pytest.approx(e.value, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.floats(-20, 0), st.integers(0, 3)), min_size=1, max_size=30))
+def test_equation_3_as_printed_is_never_positive(samples: list[tuple[float, int]]) -> None:
+    scores, groups = zip(*samples, strict=True)
+    assert equation_3_as_printed(list(scores), list(groups)).value <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "options", "says"),
+    [
+        (np.zeros(4), [0] * 4, {}, r"\(N, K\)"),
+        (np.zeros((0, 2)), [], {}, r"\(0, 2\)"),
+        (np.zeros((3, 2)), [0, 1], {}, r"\(3,\)"),
+        (np.zeros((2, 2)), [0, 2], {}, "from 0 to 1"),
+        (np.zeros((2, 2)), [0, 0.5], {}, "integers"),
+        (np.array([[np.nan, 0.0], [0, 0]]), [0, 1], {}, "NaN"),
+        (np.array([[np.inf, 0.0], [0, 0]]), [0, 1], {}, r"\+inf"),
+        (np.zeros((2, 2)), [0, 1], {"prior": [1.0]}, "2 weights"),
+        (np.zeros((2, 2)), [0, 1], {"prior": [2.0, -1.0]}, "2 weights"),
+        (np.zeros((2, 2)), [0, 1], {"prior": "flat"}, "uniform"),
+        (np.zeros((2, 2)), [0, 1], {"folds": 3}, "folds"),
+        (np.zeros((2, 2)), [0, 1], {"folds": 0}, "folds"),
+    ],
+)
+def test_bad_input_is_refused(scores: np.ndarray, labels: list[float], options: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        gmi(scores, labels, **options)  # type: ignore[arg-type]
