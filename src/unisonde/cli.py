@@ -70,7 +70,7 @@ def probe(
         reading=Reading(spans, step),  # type: ignore[arg-type]
         generation={"tokens": tokens, "temperature": temperature, "guidance": guidance, "steps": steps},
         seed=seed,
-        **({} if batch_size is None else {"batch_size": batch_size}),
+        batch_size=batch_size,
         truncate=truncate,
         keep_states=keep_states,
         retry=retry,

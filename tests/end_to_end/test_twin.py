@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 
 import unisonde
 from unisonde.cli import main
@@ -39,13 +41,10 @@ def test_hooks_and_teacher_forcing_agree_on_the_trained_twin(twin) -> None:
 
     for item, task in ((text_item("composition", "test", 9, 0), "image"), (question_item("relation", "test", 9, 0), "text")):
         settings = twin.settings(task)
-        forced: dict[int, list] = {}
-        twin.respond([item], task, settings, 0, Trace(lambda seen: forced.setdefault(seen.layer, seen.states.clone())))
-        steps: dict[int, list] = {}
-        with hooked(twin.stacks[0], lambda layer, output: steps.setdefault(layer, []).append(output[0])):
+        forced, steps = {}, defaultdict(list)
+        twin.respond([item], task, settings, 0, Trace(lambda seen, into=forced: into.update({seen.layer: seen.states.clone()})))
+        with hooked(twin.stacks[0], lambda layer, output, into=steps: into[layer].append(output[0])):
             twin.respond([item], task, settings, 0)
-        import torch
-
         for layer, states in forced.items():
             generated = torch.cat(steps[layer])
             # States of a trained network are large; the agreement asked for is relative to them.

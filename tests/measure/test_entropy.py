@@ -325,6 +325,21 @@ def test_zero_median_is_the_limit_of_small_bandwidths(pca: int | None, rng: np.r
     assert out["joint_entropy"].value == pytest.approx(e.value, abs=1e-9)
 
 
+def test_bandwidths_of_every_size(rng: np.random.Generator) -> None:
+    x = np.concatenate([rng.normal(size=(6, 3)), np.ones((2, 3))])
+    for sigma in (1e-300, 1e-160, 1e-120, 1e-9):
+        e = entropy(x, Protocol(alpha=1, ridge=0, bandwidth=sigma, pca=None))
+        assert e.value == pytest.approx(3 - 0.25, abs=1e-9)
+    assert entropy(x, Protocol(alpha=1, ridge=0, bandwidth=1e300, pca=None)).value == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_prompts_own_digits_survive_a_union_that_needed_differences(rng: np.random.Generator) -> None:
+    p, r = rng.normal(size=(12, 6)) * 1e-7, np.ones((5, 6))
+    for k in (None, 3):
+        protocols = [Protocol(bandwidth=1e-7, pca=k, length="none"), Protocol(pca=k)]
+        assert sweep(p, r, protocols)[1]["entropy"].value == pytest.approx(plain.entropy(p, k=k), abs=1e-7)
+
+
 def test_a_tiny_cluster_beside_an_outlier_keeps_its_digits(rng: np.random.Generator) -> None:
     x = rng.normal(size=(30, 4)) * 1e-7
     x[0] = 1.0

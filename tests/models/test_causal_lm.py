@@ -134,6 +134,12 @@ def test_chat_templates_surround_the_prompt(prompt: str) -> None:
     ]
 
 
+def test_a_template_that_writes_bos_gets_no_second_one() -> None:
+    tokenizer = tiny.byte_tokenizer(bos=True, template="<s>{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    lm = CausalLM(tiny.causal("llama"), tokenizer, "tiny")
+    assert lm.encode(ITEMS[0], 7).ids == [256, *tokenizer("[a red circle]", add_special_tokens=False)["input_ids"]]
+
+
 def test_the_end_of_a_turn_ends_a_response() -> None:
     lm = model(template=CHATML)
     assert lm.ends == [257, lm.tokenizer.convert_tokens_to_ids("<|im_end|>")]

@@ -51,7 +51,7 @@ def browser(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]
     try:
         report = write_report([run], tmp_path_factory.mktemp("report") / "report.html", figures=False)
         driver.get(report.as_uri())
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600  # a guard against waiting for ever, not a measure
         while driver.execute_script("return document.querySelectorAll('.js-plotly-plot .main-svg').length") < len(FIGURES):
             assert time.monotonic() < deadline, f"figures were not drawn; the browser says {driver.get_log('browser')}"
             time.sleep(0.2)
@@ -77,7 +77,9 @@ def start(profile: Path) -> Any:
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options=options, service=Service(str(programs[1])))
+    driver = webdriver.Chrome(options=options, service=Service(str(programs[1])))
+    driver.set_script_timeout(300)
+    return driver
 
 
 def values(run: Run, model: str, quantity: str, cell: str, column: str = "value") -> dict[int, list[float]]:

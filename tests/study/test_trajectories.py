@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unisonde.study.trajectories import (
@@ -80,6 +80,7 @@ def test_statistics_by_hand() -> None:
     assert (found["n_short"], found["n_left_out"], found["units"]) == (1, 0, "bits")
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan) | st.just(math.inf) | st.none(), min_size=1, max_size=12))
 def test_statistics_against_numpy(values: list[float | None]) -> None:
     found = only(trajectory(frame(*items(values)), "entropy"))  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ class Gmi(Estimate):
     Attributes:
         s: the tilt, fitted on all samples. 1 is a calibrated decoder; below 1 it is over-confident.
         folds: how many folds the value was crossed over; 1 if it was taken on the samples that s was fitted on.
-        contributions: the information of each sample in bits, held out, whose mean the value is.
+        contributions: the information of each sample in bits, held out, whose mean the value is; `resample.bootstrap` takes them.
     """
 
     s: float = 1.0

@@ -21,6 +21,8 @@ ALL = slice(None)
 # A squared distance taken from inner products is wrong by about eps (|x|^2 + |y|^2). Where the bandwidth is so small that this
 # would reach the tenth digit of the kernel (of a typical pair, or the seventh of the worst), differences are taken one by one.
 _TYPICAL, _WORST = 1e-6, 1e-9
+# A bandwidth whose square cannot be divided by is zero.
+_LIMIT = 1e-150
 _LEAF = 128
 _ULPS = 8.0
 
@@ -41,6 +43,7 @@ class Spectrum:
         self.states = states - states.mean(dim=0)
         self._given: Tensor | None = None
         self._scale: tuple[float, float] | None = None
+        self._by_differences = False
         self._eigenvalues: dict[tuple[float, float, str, int, int], Tensor] = {}
 
     @classmethod
@@ -54,7 +57,7 @@ class Spectrum:
         if self.kernel_name == "gaussian" and not self.reduces:
             if not child.reduces:
                 child.__dict__["squared_distances"] = _block(self.squared_distances, rows)
-                child._scale = self._norm_scale
+                child._scale, child._by_differences = self._norm_scale, self._by_differences
         elif child.reduces and self.n <= self.d:
             block = _block(self.inner, rows)
             means = block.mean(dim=0)
@@ -119,13 +122,13 @@ class Spectrum:
         return median_distance(self.squared_distances)
 
     def _too_small(self, sigma: float) -> bool:
+        if self._by_differences:
+            return False
         typical, worst = self._norm_scale
         return sigma * sigma <= max(_TYPICAL * typical, _WORST * worst)
 
     def _take_differences(self) -> None:
         """Squared distances by differences: slower, accurate at every scale, and exactly zero for equal states."""
-        if self._scale == (0.0, 0.0):
-            return
         features = self.states
         if self.reduces:
             # Inner products square the condition number; the singular values of the states themselves do not.
@@ -139,8 +142,7 @@ class Spectrum:
             self.__dict__["features"] = features
         distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
         self.__dict__["squared_distances"] = distances.square_()
-        self._scale = (0.0, 0.0)
-        self.__dict__["_norm_scale"] = self._scale
+        self._by_differences = True
 
     def bandwidth(self, protocol: Protocol) -> float:
         """sigma of the Gaussian kernel under `protocol`; 0 stands for the limit sigma -> 0."""
@@ -162,7 +164,7 @@ class Spectrum:
         if self._too_small(sigma):
             self._take_differences()
         squared = _block(self.squared_distances, rows)
-        if sigma == 0.0:
+        if sigma < _LIMIT:
             return (squared == 0.0).to(squared.dtype)
         return torch.mul(squared, -0.5 / (sigma * sigma)).exp_()
 

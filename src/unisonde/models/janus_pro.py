@@ -142,7 +142,10 @@ class JanusPro(Model):
         self.name = name
         self.source = source
         self.system = system
-        self._defaults = {"text": Generation(tokens=512, temperature=0.0), "image": Generation(temperature=1.0, guidance=5.0)}
+        self._defaults: dict[Task, Generation] = {
+            "text": Generation(tokens=512, temperature=0.0),
+            "image": Generation(temperature=1.0, guidance=5.0),
+        }
         self._defaults |= generation or {}
         unknown = [t for t in SPECIAL_TOKENS if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)]
         if unknown:
@@ -318,7 +321,8 @@ class JanusPro(Model):
             cache = output.past_key_values
             logits = self.network.model.generation_head(output.last_hidden_state[:, -1])
             if guide:
-                logits = guided(*logits.chunk(2), generation.guidance)
+                conditional, unconditional = logits.chunk(2)
+                logits = guided(conditional, unconditional, generation.guidance)
             code = draw(logits, generation.temperature, chance[:, step])
             drawn.append(code)
             embeddings = self.code_features(torch.cat([code, code]) if guide else code)[:, None]

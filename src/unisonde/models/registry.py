@@ -32,8 +32,8 @@ class Entry:
     """A model with a name of its own.
 
     Attributes:
-        loader: `module:function`, called as `function(where, name, device=..., dtype=...)`.
-        where: what the loader opens: a folder in the package, a hub id, or nothing.
+        loader: `module:function`, called as `function(where, name, device=..., dtype=...)`, without the first two if `where` is empty.
+        where: what the loader opens: a folder in the package or a hub id; empty if it knows by itself.
     """
 
     name: str
@@ -110,6 +110,8 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Model:
     name = str(name)
     if name in MODELS:
         entry = MODELS[name]
+        if not entry.where:
+            return _loader(entry.loader)(device=device, dtype=dtype)
         where = str(packaged(entry.where)) if name.startswith("twin/") else entry.where
         return _loader(entry.loader)(where, name, device=device, dtype=dtype)
     if name.startswith(GENERAL):

@@ -77,25 +77,24 @@ def trajectory(frame: pl.DataFrame, quantity: str, by: Sequence[str] = KEY) -> p
     value = pl.col("value").filter(good)
     bounded = good & pl.col("ceiling").is_finite().fill_null(False)
     ceiling = pl.col("ceiling").filter(bounded)
-    return (
-        rows.group_by(list(by))
-        .agg(
-            good.sum().cast(pl.Int64).alias("n_items"),
-            value.mean().alias("mean"),
-            value.std(ddof=1).alias("sd"),
-            value.quantile(0.25, interpolation="linear").alias("q1"),
-            value.median().alias("median"),
-            value.quantile(0.75, interpolation="linear").alias("q3"),
-            ceiling.mean().alias("ceiling"),
-            pl.when(ceiling.mean() > 0).then(pl.col("value").filter(bounded).mean() / ceiling.mean()).alias("share"),
-            pl.col("n_prompt").filter(good).mean(),
-            pl.col("n_response").filter(good).mean(),
-            (good & has_flag("short")).sum().cast(pl.Int64).alias("n_short"),
-            (~good).sum().cast(pl.Int64).alias("n_left_out"),
-            pl.col("units").first(),
-        )
-        .sort(list(by))
-    )
+    statistics = {
+        "n_items": good.sum().cast(pl.Int64),
+        "mean": value.mean(),
+        "sd": value.std(ddof=1),
+        "q1": value.quantile(0.25, interpolation="linear"),
+        "median": value.median(),
+        "q3": value.quantile(0.75, interpolation="linear"),
+        "ceiling": ceiling.mean(),
+        "share": pl.when(ceiling.mean() > 0).then(pl.col("value").filter(bounded).mean() / ceiling.mean()),
+        "n_prompt": pl.col("n_prompt").filter(good).mean(),
+        "n_response": pl.col("n_response").filter(good).mean(),
+        "n_short": (good & has_flag("short")).sum().cast(pl.Int64),
+        "n_left_out": (~good).sum().cast(pl.Int64),
+        "units": pl.col("units").first(),
+    }
+    # A column that tells rows apart needs no statistic.
+    wanted = [statistic.alias(name) for name, statistic in statistics.items() if name not in by]
+    return rows.group_by(list(by)).agg(wanted).sort(list(by))
 
 
 def by_category(frame: pl.DataFrame, quantity: str) -> pl.DataFrame:

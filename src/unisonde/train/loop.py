@@ -7,7 +7,6 @@ it was killed sees the batches that it would have seen.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ def fit(
         }
         temporary = checkpoint.with_suffix(".tmp")
         torch.save(state, temporary)
-        os.replace(temporary, checkpoint)
+        temporary.replace(checkpoint)
 
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")]
     figures = [TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[rate]:.0f}/s")]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def uniforms(seeds: Sequence[int], steps: int, device: torch.device) -> Tensor:
-    """Numbers in [0, 1), float64: (B, steps). Row b depends on `seeds[b]` alone; drawn on the CPU once, so that every device sees the same."""
+    """Numbers in [0, 1), float64: (B, steps). Row b depends on `seeds[b]` alone; drawn on the CPU, so every device sees the same."""
     rows = [torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
     return torch.stack(rows).to(device)
 
