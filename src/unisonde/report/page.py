@@ -29,9 +29,9 @@ small, .note, .kind, .subtitle, figcaption { color: var(--soft); }
 .kicker { color: var(--soft); font-size: .85rem; letter-spacing: .06em; text-transform: uppercase; margin: 0; }
 .subtitle { overflow-wrap: anywhere; max-width: none; }
 .note, .kind, figcaption { font-size: .87rem; }
-figure { margin: .6rem 0 1.2rem; }
+figure { margin: .6rem 0 1.2rem; overflow-x: auto; }
 figcaption p { max-width: none; margin: .2rem 0; }
-.plot { width: 100%; min-height: 430px; }
+.plot { width: 100%; min-width: 720px; min-height: 430px; }
 .table { overflow-x: auto; margin: .6rem 0 1rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .55rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
@@ -70,6 +70,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px
   h2 { break-before: page; }
   h2:first-of-type { break-before: auto; }
   figure, tr { break-inside: avoid; }
+  figure { overflow: visible; }
   blockquote { max-height: none; }
   .table { overflow: visible; }
 }

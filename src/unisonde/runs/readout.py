@@ -1,0 +1,126 @@
+"""From the states of a trace to rows of measurements, layer by layer.
+
+`Readout` is the observer that a run gives to a model. Of every layer it takes the entropy of the prompt (each modality by itself) and,
+where there is a response, the entropies of the response given the whole prompt; then the states are let go. Where prompt and response
+come from separate passes, the prompt's states of that one item are held until its last response pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unisonde.data.item import Item
+from unisonde.measure import Estimate, Protocol, layer_estimates
+from unisonde.models.trace import LayerStates, Reading
+
+SHORT = 8
+"""Below this many tokens a median-rule entropy says nothing (DESIGN.md, decision 5)."""
+
+RESPONSE_QUANTITIES = ("conditional_entropy", "joint_entropy", "prompt_term")
+
+
+class Readout:
+    """Measures the states of a batch of items as they come.
+
+    Args:
+        items: the batch; `LayerStates.item` counts in it.
+        constant: columns that are the same in every row.
+        keep: also keep the states themselves, on the CPU, in `states`.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], protocol: Protocol, reading: Reading, constant: dict[str, Any], keep: bool = False
+    ) -> None:
+        self.items = items
+        self.protocol = protocol
+        self.reading = reading
+        self.constant = constant
+        self.keep = keep
+        self.rows: list[list[dict[str, Any]]] = [[] for _ in items]
+        self.lengths: list[tuple[int, int]] = [(0, 0)] * len(items)
+        self.states: dict[str, Tensor] = {}
+        self._held: dict[tuple[int, str, int], Tensor] = {}
+
+    def __call__(self, seen: LayerStates) -> None:
+        """Measure one layer of one item.
+
+        Raises:
+            ValueError: the states are not finite; the sentence names the layer and the item.
+        """
+        item = self.items[seen.item]
+        prompt = seen.select("prompt", self.reading)
+        response = seen.select("response", self.reading)
+        if self.keep:
+            self._keep(seen, item)
+        try:
+            if len(prompt):
+                self._prompt_level(seen, item, len(response))
+            if len(response):
+                place = (seen.item, seen.stack, seen.layer)
+                given = prompt if len(prompt) else self._held[place]
+                self._response_level(seen, item, given, response)
+            elif len(prompt):
+                self._held[seen.item, seen.stack, seen.layer] = prompt
+        except ValueError as error:
+            raise ValueError(f"{error} (layer {seen.layer} of {seen.stack}, step {seen.step}, item {item.id!r})") from error
+
+    def _prompt_level(self, seen: LayerStates, item: Item, n_response: int) -> None:
+        for modality in seen.modalities("prompt"):
+            states = seen.select("prompt", self.reading, modality)
+            flags = ["question"] if modality != item.modality else []
+            estimate = layer_estimates(states, None, self.protocol)["entropy"]
+            self._row(seen, "prompt", modality, "entropy", estimate, len(states), n_response, flags)
+
+    def _response_level(self, seen: LayerStates, item: Item, prompt: Tensor, response: Tensor) -> None:
+        estimates = layer_estimates(prompt, response, self.protocol)
+        for quantity in RESPONSE_QUANTITIES:
+            self._row(seen, "response", item.modality, quantity, estimates[quantity], len(prompt), len(response), [])
+
+    def _row(
+        self,
+        seen: LayerStates,
+        level: str,
+        modality: str,
+        quantity: str,
+        estimate: Estimate,
+        n_prompt: int,
+        n_response: int,
+        flags: list[str],
+    ) -> None:
+        item = self.items[seen.item]
+        counted = (n_prompt,) if level == "prompt" else (n_prompt, n_response)
+        if min(counted) < SHORT:
+            flags = [*flags, "short"]
+        self.lengths[seen.item] = (max(self.lengths[seen.item][0], n_prompt), max(self.lengths[seen.item][1], n_response))
+        self.rows[seen.item].append(
+            self.constant
+            | {
+                "item": item.id,
+                "category": item.category,
+                "level": level,
+                "modality": modality,
+                "quantity": quantity,
+                "stack": seen.stack,
+                "layer": seen.layer,
+                "step": seen.step,
+                "value": estimate.value,
+                "ceiling": estimate.ceiling,
+                "stderr": estimate.stderr,
+                "units": estimate.units,
+                "n_prompt": n_prompt,
+                "n_response": n_response,
+                "flags": ",".join(flags),
+            }
+        )
+
+    def _keep(self, seen: LayerStates, item: Item) -> None:
+        name = f"{item.id}/{seen.stack}/{seen.step}/{seen.layer:03d}"
+        self.states[name] = seen.states.to("cpu", copy=True).contiguous()
+        spans = [[s.start, s.stop, s.role, s.modality, s.kind] for s in seen.spans]
+        # The spans go beside the states as bytes of JSON, since safetensors holds tensors alone.
+        self.states[f"{item.id}/{seen.stack}/{seen.step}/spans"] = torch.tensor(list(json.dumps(spans).encode()), dtype=torch.uint8)
