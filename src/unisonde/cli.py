@@ -83,7 +83,13 @@ def probe(
     )
     if len(failed):
         first = failed.row(0, named=True)
-        err.print(f"{len(failed)} items failed, the first: {first['error']}", style="yellow", highlight=False, markup=False)
+        err.print(
+            f"{len(failed)} items failed, the first: {first['error']}",
+            style="yellow",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     if len(failed) == len(items):
         raise typer.Exit(1)
 
@@ -97,7 +103,7 @@ def report(
     """The report of one or several runs: one HTML file that needs no network."""
     from unisonde.report import write_report
 
-    err.print(f"wrote {write_report(runs, output, figures=figures)}", highlight=False)
+    err.print(f"wrote {write_report(runs, output, figures=figures)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -162,7 +168,7 @@ def train(
     from unisonde.train import train_twin
 
     folder = train_twin(twin, out, seed=seed, precision=precision, steps=steps, code_steps=code_steps)
-    err.print(f"wrote {folder}; probe or score it by that name", highlight=False)
+    err.print(f"wrote {folder}; probe or score it by that name", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -225,14 +231,19 @@ def main(arguments: list[str] | None = None) -> int:
             error.show()  # type: ignore[attr-defined]
             return 2
         if not isinstance(error, (ValueError, OSError, ImportError, ArithmeticError)):
-            err.print(f"unexpected {type(error).__name__}: {error} (run with --debug to see where)", markup=False, highlight=False)
+            err.print(
+                f"unexpected {type(error).__name__}: {error} (run with --debug to see where)",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
             return 1
-        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
 
 
 def _stopped() -> int:
-    err.print("stopped; the same command goes on where it was", highlight=False)
+    err.print("stopped; the same command goes on where it was", highlight=False, soft_wrap=True)
     return STOPPED
 
 

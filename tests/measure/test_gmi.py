@@ -89,8 +89,10 @@ def test_cross_fitting_is_honest_about_noise() -> None:
 def test_the_cross_fit_by_hand() -> None:
     scores, labels = sample(21, 3, 1.0, 5)
     e = gmi(scores, labels, "uniform", folds=3, seed=2)
+    order = torch.randperm(21, generator=torch.Generator().manual_seed(2)).numpy()
+    order = order[np.argsort(labels[order], kind="stable")]
     fold = np.empty(21, dtype=int)
-    fold = (np.arange(21) % 3)[torch.randperm(21, generator=torch.Generator().manual_seed(2)).numpy()]
+    fold[order] = np.arange(21) % 3
     held = np.empty(21)
     for index in range(3):
         s = gmi(scores[fold != index], labels[fold != index], "uniform", folds=1).s

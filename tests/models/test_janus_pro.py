@@ -186,3 +186,17 @@ def test_published_sizes(size, billions) -> None:
     unused = 12_597_248 + 1024  # the published totals hold the pooling head of SigLIP, which nothing uses
     count = sum(p.numel() for p in network.parameters()) + unused
     assert count / 1e9 == pytest.approx(billions, abs=0.0006)
+
+
+def test_a_model_may_write_the_placeholder_itself(model, monkeypatch) -> None:
+    """Untrained, a model writes any token; one that stands for image features in prompts is no place for features in a response."""
+    from unisonde.models import janus_pro
+    from unisonde.models.parts.text import Written
+
+    written = Written([model.image_id] * 3 + [model.eos_id], 3, "", False)
+    monkeypatch.setattr(janus_pro, "write_text", lambda *args, **kwargs: [written])
+    states, _ = observed(model, QUESTIONS[:1], "text", WRITE)
+    reading = Reading()
+    embedded = model.network.get_input_embeddings().weight[model.image_id]
+    assert torch.equal(states[0, 0].select("response", reading), embedded.expand(3, -1))
+    assert not torch.isclose(states[0, 0].select("prompt", reading, "image"), embedded).all()

@@ -50,7 +50,9 @@ def test_every_cell_layer_and_quantity_is_there(run, untrained) -> None:
     for quantity in ("conditional_entropy", "joint_entropy", "prompt_term"):
         assert counts["text", "response", "text", quantity] == counts["image", "response", "text", quantity] == 6 * layers
         assert counts["text", "response", "image", quantity] == 3 * layers
-    beside = table.filter((pl.col("level") == "prompt") & (pl.col("modality") == "text") & pl.col("item").str.starts_with("attribute"))
+    beside = table.filter(
+        (pl.col("level") == "prompt") & (pl.col("modality") == "text") & pl.col("item").str.starts_with("attribute")
+    )
     assert beside["flags"].str.contains("question").all()
     assert set(table["layer"]) == set(range(layers)) and set(table["step"]) == {"single"}
     assert (table["value"] <= table["ceiling"] + 1e-9).all()
@@ -79,7 +81,10 @@ def test_rows_equal_the_measure_of_the_states(run, untrained) -> None:
         }
         for (level, modality, quantity), estimate in expected.items():
             [row] = rows.filter(
-                (pl.col("layer") == layer) & (pl.col("level") == level) & (pl.col("modality") == modality) & (pl.col("quantity") == quantity)
+                (pl.col("layer") == layer)
+                & (pl.col("level") == level)
+                & (pl.col("modality") == modality)
+                & (pl.col("quantity") == quantity)
             ).iter_rows(named=True)
             assert row["value"] == pytest.approx(estimate.value, abs=1e-4) and row["ceiling"] == pytest.approx(estimate.ceiling)
         assert len(image) == 64 and row["n_prompt"] == len(everything) and row["n_response"] == len(response)

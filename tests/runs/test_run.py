@@ -10,7 +10,12 @@ import pytest
 
 from unisonde.runs.run import ITEMS, KEY, MEASUREMENTS, Part, Run, compare, write_whole
 
-IDENTITY = {"models": [{"name": "a", "dtype": "float32"}], "data": {"name": "d"}, "protocol": {"digest": "x", "alpha": 1.01}, "limit": None}
+IDENTITY = {
+    "models": [{"name": "a", "dtype": "float32"}],
+    "data": {"name": "d"},
+    "protocol": {"digest": "x", "alpha": 1.01},
+    "limit": None,
+}
 SESSION = {"started": "now"}
 
 

@@ -28,6 +28,7 @@ _LN2 = math.log(2.0)
 # Scores that separate the answers perfectly have no best tilt: the information nears its supremum exponentially as s grows. The
 # search ends where another factor of e would add less than this many nats; going on would only make held-out mistakes dearer.
 _ARRIVED = 1e-9
+_BARELY = 1e-12
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,7 +57,7 @@ def gmi(log_scores: Array, labels: Array, prior: Array | str | None = None, fold
         labels: the right answers, integers from 0 to K - 1.
         prior: P(a): None for the frequencies of `labels`, `uniform`, or K weights.
         folds: s is fitted on all but one fold and the information taken on that one. 1 fits and takes on the same samples.
-        seed: of the division into folds.
+        seed: of the division into folds, which hold each answer in equal parts.
 
     To take representations as codewords (alternatives z' for a fixed answer), pass the scores of answer i under representation j
     as row i, `labels = range(N)` and `prior="uniform"`.
@@ -69,8 +70,7 @@ def gmi(log_scores: Array, labels: Array, prior: Array | str | None = None, fold
     n = len(right)
     if isinstance(folds, bool) or not isinstance(folds, int) or not 1 <= folds <= n:
         raise ValueError(f"folds must be an integer from 1 to the number of samples ({n}), got {folds!r}")
-    fold = torch.arange(n, device=scores.device) % folds
-    fold = fold[torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(fold.device)]
+    fold = _deal(right, folds, seed)
     held = scores.new_empty(n)
     for index in range(folds):
         inside = fold == index
@@ -171,6 +171,15 @@ def equation_3_as_printed(log_scores: Array, groups: Array) -> Estimate:
     return Estimate(float(values.mean()), 0.0, _standard_error(values), len(values), "nats", "exact")
 
 
+def _deal(labels: Tensor, folds: int, seed: int) -> Tensor:
+    """The fold of each sample `(N,)`: at random, but each answer in equal parts, so that no fold has a prior of its own."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    order = order[labels[order].argsort(stable=True)]
+    fold = torch.empty_like(labels)
+    fold[order] = torch.arange(len(labels), device=labels.device) % folds
+    return fold
+
+
 def information(s: float, scores: Tensor, labels: Tensor, log_prior: Tensor) -> Tensor:
     """i_s `(N,)` in nats of log-scores `(N, K)`; zero at s = 0 whatever the scores."""
     if s == 0.0:
@@ -196,7 +205,8 @@ def best_tilt(scores: Tensor, labels: Tensor, log_prior: Tensor, weights: Tensor
         return float(weights @ (right - (tilted.nan_to_num(0.0) * finite).sum(dim=1)))
 
     if slope(0.0) <= 0.0:
-        return 0.0
+        # Where wrong answers were ruled out, the information jumps at s = 0 and the supremum is the limit from above.
+        return 0.0 if bool(torch.isfinite(scores).all()) else _BARELY
     low, high = 0.0, 1.0 / float((finite - right[:, None]).abs().max())
     while (rise := slope(high)) > 0.0:
         if rise * high < _ARRIVED:

@@ -30,8 +30,6 @@ BLOCK, POWERS, LARGEST = 64, 3, 96
 PROBES, STEPS = 24, 16
 # An eigenpair is deflated if its residual is below this share of its eigenvalue: its neglected coupling is then of second order.
 _CONVERGED = 0.03
-# What float32 products leave open, in nats.
-_SINGLE = 1e-6
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -62,7 +60,14 @@ def renyi_lanczos(density: Tensor, alpha: float, seed: int = 0) -> tuple[float, 
     # What the coupling of the two parts may change, by second-order perturbation.
     curvature = (f.slope(values) - f.slope(values / 2)) / (values / 2)
     coupling = float((residuals.square().sum(dim=0) * curvature.abs()).sum())
-    return f.entropy(mean + float(f(values).sum()), math.hypot(error, coupling, _SINGLE))
+    entropy, stderr = f.entropy(mean + float(f(values).sum()), math.hypot(error, coupling))
+    return entropy, math.hypot(stderr, _rounding(density))
+
+
+def _rounding(density: Tensor) -> float:
+    """What float32 products may add, in nats: noise of this nuclear norm, spread over eigenvalues that should be zero."""
+    norm = math.sqrt(len(density)) * float(torch.linalg.vector_norm(density))
+    return -torch.finfo(torch.float32).eps * norm * math.log(torch.finfo(torch.float32).eps)
 
 
 class _Function:

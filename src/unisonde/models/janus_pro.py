@@ -221,12 +221,17 @@ class JanusPro(Model):
             pixels = self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
         return Encoded(ids, spans, pixels, flags)
 
-    def embed(self, ids: Tensor, features: Tensor | None = None) -> Tensor:
-        """Input embeddings: ids (B, L) -> (B, L, D), the positions of `<image_placeholder>` filled with features (..., D) in order."""
+    def embed(self, ids: Tensor, features: Tensor | None = None, where: Tensor | None = None) -> Tensor:
+        """Input embeddings: ids (B, L) -> (B, L, D), some positions filled with features (..., D) in order.
+
+        Args:
+            where: those positions, (B, L) booleans; the positions of `<image_placeholder>` if None.
+        """
         embeddings = self.network.get_input_embeddings()(ids)
         if features is None:
             return embeddings
-        return embeddings.masked_scatter((ids == self.image_id)[..., None], features.to(embeddings).reshape(-1, features.shape[-1]))
+        where = ids == self.image_id if where is None else where
+        return embeddings.masked_scatter(where[..., None], features.to(embeddings).reshape(-1, features.shape[-1]))
 
     def see(self, pixels: Tensor) -> Tensor:
         """Features of image prompts: (B, 3, H, W) -> (B, n, D)."""
@@ -270,13 +275,22 @@ class JanusPro(Model):
             ids = [p.ids + tail for p, tail in zip(prompts, tails, strict=True)]
             rows = [Row(k, p.spans + spans) for k, (p, spans) in enumerate(zip(prompts, held, strict=True))]
             with trace.record(self.stacks[0], rows):
-                self.read(ids, features)
+                self.read(ids, rows, features)
         return responses
 
-    def read(self, ids: Sequence[list[int]], features: Tensor | None) -> Tensor:
-        """The teacher-forced pass: states after the last norm, (B, L, D). Padding is on the right, where causal attention never looks."""
+    def read(self, ids: Sequence[list[int]], rows: Sequence[Row], features: Tensor | None) -> Tensor:
+        """The teacher-forced pass: states after the last norm, (B, L, D).
+
+        Padding is on the right, where causal attention never looks. Features go where the spans say, not where the placeholder
+        stands: a model may write that token itself.
+        """
         padded, _ = pad(ids, self.pad_id, "right")
-        embeddings = self.embed(padded.to(self.device), features)
+        where = torch.zeros(padded.shape, dtype=torch.bool)
+        for row, taken in zip(rows, where, strict=True):
+            for span in row.spans:
+                if span.modality == "image" and span.kind == "content":
+                    taken[span.start : span.stop] = True
+        embeddings = self.embed(padded.to(self.device), features, where.to(self.device))
         return self.network.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
 
     def write(self, prompts: Sequence[Encoded], features: Tensor | None, generation: Generation, seeds: Sequence[int]) -> list:

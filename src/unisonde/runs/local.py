@@ -9,9 +9,7 @@ from unisonde.runs.run import Part
 from unisonde.runs.work import Chunk, Settings, measure_chunk
 
 
-def measure_locally(
-    chunks: Iterable[Chunk], models: Callable[[int], Model], settings: Settings
-) -> Iterator[tuple[Chunk, Part]]:
+def measure_locally(chunks: Iterable[Chunk], models: Callable[[int], Model], settings: Settings) -> Iterator[tuple[Chunk, Part]]:
     """Measure chunks in their order, each as it is asked for.
 
     Args:

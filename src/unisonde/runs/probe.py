@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import time
@@ -148,7 +147,7 @@ def _measure(run: Run, chunks: list[Chunk], model_of: Any, settings: Settings, p
     )
     began, fresh, failed = time.monotonic(), 0, 0
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bars:
-        bar = bars.add_task(f"probing into {run.folder}", total=total, completed=done, rate="-", note="")
+        bar = bars.add_task("probing", total=total, completed=done, rate="-", note="")
         for chunk, part in measure_locally(left, model_of, settings):
             run.add(chunk.name, part)
             fresh += len(chunk.items)
@@ -199,7 +198,7 @@ def _session(device: torch.device) -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": versions,
         "platform": f"{platform.system()} {platform.machine()}",
         "device": str(device),

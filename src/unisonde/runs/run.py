@@ -152,7 +152,9 @@ class Run:
         try:
             lock.acquire()
         except Timeout:
-            raise ValueError(f"another session is writing to {self.folder}; wait for it, or name another folder with --out") from None
+            raise ValueError(
+                f"another session is writing to {self.folder}; wait for it, or name another folder with --out"
+            ) from None
         for stale in (self.folder / "parts").glob(".*.partial"):
             shutil.rmtree(stale, ignore_errors=True)
         return lock

@@ -46,9 +46,7 @@ class Chunk:
     generation: Generation
 
 
-def chunks_of(
-    model: int, task: Task, items: Sequence[Item], generation: Generation, batch_size: int
-) -> list[Chunk]:
+def chunks_of(model: int, task: Task, items: Sequence[Item], generation: Generation, batch_size: int) -> list[Chunk]:
     """Items in their order, `batch_size` at a time."""
     return [
         Chunk(f"{model:02d}-{task}-{number:05d}", model, task, tuple(items[start : start + batch_size]), generation)
