@@ -85,13 +85,13 @@ def test_three_cases_of_the_supplement_are_ordered_at_half_the_median(seed: int)
 def test_three_cases_of_the_supplement_at_the_median_are_ordered_on_average_and_not_in_every_seed() -> None:
     # At the supplement's own bandwidth independent samples differ from x by hundredths of a bit, no more than two samples of one
     # distribution differ in entropy, so that some seeds turn the order round. The ordering that the table shows is one of means.
-    cases = np.array([three_cases(seed, 1.0) for seed in range(20)])
-    same, noisy, independent = cases.mean(axis=0)
+    cases = np.array([three_cases(seed, 1.0) for seed in range(10)])
+    _, noisy, independent = cases.mean(axis=0)
     assert np.abs(cases[:, 0]).max() < 1e-9
     assert 0.009 < noisy < 0.018
     assert noisy + 0.01 < independent < 0.08
     turned = int((cases[:, 1] >= cases[:, 2]).sum())
-    assert 1 <= turned <= 8
+    assert 1 <= turned <= 5
 
 
 @pytest.mark.parametrize("seed", range(10))

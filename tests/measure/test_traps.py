@@ -32,14 +32,15 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def test_1_an_elementwise_clamp_is_no_kernel(rng: np.random.Generator) -> None:
-    x = unit(rng.normal(size=(300, 40)))
+    states = rng.normal(size=(300, 40))
+    x = unit(states)
     gram = x @ x.T
     exact = plain.renyi(gram / 300, 1.0, base=math.e)
     clamped = np.clip(gram, 0, None)
     assert np.linalg.eigvalsh(clamped).min() < -0.1  # not positive semi-definite any more
     naive = plain.renyi(clamped / np.trace(clamped), 1.0, base=math.e)
     assert naive - exact > 0.3
-    assert layer_by_layer_entropy(x).value == pytest.approx(exact, abs=1e-9)
+    assert layer_by_layer_entropy(states).value == pytest.approx(exact, abs=1e-9)
     with pytest.raises(ValueError, match="positive semi-definite"):
         gram_entropy(clamped)
 

@@ -130,7 +130,7 @@ def test_a_broken_item_is_recorded_and_the_rest_goes_on(untrained, items, tmp_pa
     assert "0 bytes" in errors["empty"] and "cannot be read" in errors["torn"] and "empty prompt" in errors["blank"]
     assert set(run.measurements()["item"]) == {i.id for i in items[:2] + items[6:]}
     Image.new("RGB", (32, 32)).save(tmp_path / "empty.png")
-    with pytest.raises(ValueError, match="digest|items"):  # the data changed, so it is another run
+    with pytest.raises(ValueError, match=r"digest|items"):  # the data changed, so it is another run
         probe(untrained, items[:2] + broken + items[6:], tmp_path / "r", task="text", retry=True)
 
 

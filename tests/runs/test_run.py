@@ -65,14 +65,14 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path) -> None:
     with pytest.raises(ValueError, match="holds files that are no run"):
         Run.begin(tmp_path, IDENTITY, SESSION)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(ValueError, match="has no run.json"):
+    with pytest.raises(ValueError, match=r"has no run\.json"):
         Run.open(tmp_path)
 
 
 def test_a_damaged_run_json_is_named(tmp_path) -> None:
     Run.begin(tmp_path, IDENTITY, SESSION)
     (tmp_path / "run.json").write_text('{"format": 1, "iden')
-    with pytest.raises(ValueError, match="run.json is damaged"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
         Run.open(tmp_path)
     (tmp_path / "run.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="run format 99"):
@@ -97,7 +97,8 @@ def test_no_space_leaves_nothing_half_written(tmp_path, monkeypatch, fails) -> N
 
         monkeypatch.setattr(pl.DataFrame, "write_parquet", half)
     else:
-        monkeypatch.setattr(os, "fsync" if fails == "flush" else "rename", full)
+        place, name = (os, "fsync") if fails == "flush" else (Path, "rename")
+        monkeypatch.setattr(place, name, full)
     with pytest.raises(OSError, match="No space"):
         run.add("00-text-00001", part())
     monkeypatch.undo()
@@ -136,7 +137,7 @@ def test_failures_can_be_dropped(tmp_path) -> None:
 
 def test_small_files_are_replaced_whole(tmp_path, monkeypatch) -> None:
     write_whole(tmp_path / "f", "old")
-    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("no")))
+    monkeypatch.setattr(Path, "replace", lambda *a: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError):
         write_whole(tmp_path / "f", "new")
     assert (tmp_path / "f").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

@@ -110,7 +110,7 @@ class Run:
         """
         folder = Path(folder)
         try:
-            info = json.loads((folder / "run.json").read_text())
+            info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder} is not a run: it has no run.json; make one with `unisonde probe`") from None
         except json.JSONDecodeError as error:
@@ -198,7 +198,7 @@ class Run:
             for file in partial.iterdir():
                 flush(file)
             flush(partial)
-            os.rename(partial, final)
+            partial.rename(final)
             flush(final.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -253,11 +253,11 @@ def write_whole(path: Path, text: str) -> None:
     """Replace a small file: the old text or the new, never a part."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -77,8 +77,8 @@ RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "projection_layer.weigh
 def initialise(network: JanusForConditionalGeneration, seed: int) -> None:
     """Weights that keep the scale of what they are given (LeCun), embeddings of about unit size, quiet residual branches.
 
-    The default of `transformers`, 0.02 for everything, is made for widths of thousands. At width 160 it leaves the embeddings of image codes
-    at 1e-4, below what the first norm can lift, and the twin learns half as fast (docs/twins.md).
+    The default of `transformers`, 0.02 for everything, is made for widths of thousands. At width 160 it leaves the embeddings of
+    image codes at 1e-4, below what the first norm can lift, and the twin learns several times slower (docs/twins.md).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in network.named_parameters():
