@@ -35,7 +35,7 @@ def states(tmp_path):
 def test_help_names_every_command_and_teaches(line) -> None:
     code, out, _ = line("--help")
     assert code == 0
-    for command in ("probe", "report", "models", "data", "entropy", "train", "score"):
+    for command in ("probe", "report", "models", "data", "entropy", "calibrate", "train", "score"):
         assert command in out
         code, said, _ = line(command, "--help")
         assert code == 0 and len(said) > 200
@@ -60,6 +60,20 @@ def test_entropy_of_saved_states(line, states) -> None:
     rows = json.loads(line("entropy", states / "prompt.npy", "--response", states / "response.safetensors", "--json")[1])
     by = {row["quantity"]: row["value"] for row in rows}
     assert by["conditional_entropy"] == pytest.approx(float(unisonde.conditional_entropy(prompt, response)), abs=1e-12)
+
+
+def test_calibrate_prints_every_line_and_fails_when_one_does(line, monkeypatch) -> None:
+    from dataclasses import replace
+
+    from unisonde.measure import calibrate
+
+    code, out, _ = line("calibrate", "--json")
+    rows = json.loads(out)
+    assert code == 0 and len(rows) >= 40 and all(row["ok"] for row in rows)
+    wrong = [replace(one, expected=one.expected + 1) if k == 3 else one for k, one in enumerate(calibrate.checks())]
+    monkeypatch.setattr(calibrate, "checks", lambda: wrong)
+    code, out, _ = line("calibrate")
+    assert code == 1 and "1 failed" in out
 
 
 def test_entropy_layer_by_layer(line, states) -> None:

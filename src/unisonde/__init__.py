@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from unisonde.data import DATA, Item, open_data
-    from unisonde.measure import Estimate, Protocol, conditional_entropy, entropy
+    from unisonde.measure import Estimate, Protocol, conditional_entropy, entropy, gmi
     from unisonde.models import MODELS, Generation, Model, Reading, load
     from unisonde.models.watch import watch
     from unisonde.report import write_report
@@ -34,6 +34,7 @@ _HOMES = {
     "Protocol": "unisonde.measure",
     "conditional_entropy": "unisonde.measure",
     "entropy": "unisonde.measure",
+    "gmi": "unisonde.measure",
     "MODELS": "unisonde.models",
     "Generation": "unisonde.models",
     "Model": "unisonde.models",
@@ -58,6 +59,7 @@ __all__ = [
     "Run",
     "conditional_entropy",
     "entropy",
+    "gmi",
     "load",
     "open_data",
     "probe",

@@ -154,6 +154,30 @@ def entropy(
 
 
 @app.command()
+def calibrate(as_json: AsJson = False) -> None:
+    """The instrument's self-test: every measure against closed forms. Exit code 1 if one of them fails."""
+    from unisonde.measure.calibrate import checks
+
+    lines = checks()
+    rows = [
+        {
+            "check": line.name,
+            "expected": line.expected,
+            "measured": line.measured,
+            "difference": line.difference,
+            "tolerance": line.tolerance,
+            "ok": line.ok,
+            "source": line.source,
+        }
+        for line in lines
+    ]
+    failed = sum(not line.ok for line in lines)
+    show(rows, as_json, f"{len(lines)} checks, {failed} failed")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
     twin: Annotated[str, typer.Argument(help="The twin to make: janus-pro.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The folder to write; twins/NAME if not given.")] = None,

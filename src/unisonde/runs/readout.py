@@ -2,7 +2,7 @@
 
 `Readout` is the observer that a run gives to a model. Of every layer it takes the entropy of the prompt (each modality by itself) and,
 where there is a response, the entropies of the response given the whole prompt; then the states are let go. Where prompt and response
-come from separate passes, the prompt's states of that one item are held until its last response pass.
+come from separate passes, the prompt's states are held until the batch has been responded to.
 """
 
 from __future__ import annotations
@@ -62,10 +62,15 @@ class Readout:
                 self._prompt_level(seen, item, len(response))
             if len(response):
                 place = (seen.item, seen.stack, seen.layer)
+                if not len(prompt) and place not in self._held:
+                    raise ValueError(
+                        "the response came without a prompt: the family recorded no prompt pass of this stack before it"
+                    )
                 given = prompt if len(prompt) else self._held[place]
                 self._response_level(seen, item, given, response)
             elif len(prompt):
-                self._held[seen.item, seen.stack, seen.layer] = prompt
+                # A copy: a view would change with a layer that adds in place, and would keep the whole batch alive.
+                self._held[seen.item, seen.stack, seen.layer] = prompt.clone()
         except ValueError as error:
             raise ValueError(f"{error} (layer {seen.layer} of {seen.stack}, step {seen.step}, item {item.id!r})") from error
 

@@ -142,8 +142,9 @@ class Run:
             run = cls(folder, {"format": FORMAT, "identity": identity, "sessions": []})
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "parts").mkdir(exist_ok=True)
-        run.info["sessions"].append(session)
-        write_whole(folder / "run.json", json.dumps(run.info, indent=1) + "\n")
+        with run.lock():  # a session that is refused because another one writes is not recorded
+            run.info["sessions"].append(session)
+            write_whole(folder / "run.json", json.dumps(run.info, indent=1) + "\n")
         return run
 
     def lock(self) -> FileLock:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from unisonde.models.base import Generation
+from unisonde.models.parts.quiet import quiet
 
 T = TypeVar("T")
 
@@ -48,11 +49,12 @@ def load_network(auto: Any, path: str, device: str | torch.device | None, dtype:
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    network, found = part(
-        path,
-        "model.safetensors",
-        lambda: auto.from_pretrained(path, dtype=kind, trust_remote_code=False, output_loading_info=True, **options),
-    )
+    with quiet():
+        network, found = part(
+            path,
+            "model.safetensors",
+            lambda: auto.from_pretrained(path, dtype=kind, trust_remote_code=False, output_loading_info=True, **options),
+        )
     gaps = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if gaps:
         raise ValueError(

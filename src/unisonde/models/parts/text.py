@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unisonde.models.base import Generation, Response
+from unisonde.models.parts.quiet import quiet
 from unisonde.models.parts.segments import spans_of
 from unisonde.models.trace import Span
 
@@ -118,7 +119,7 @@ def write_text(
         batches = [{name: value[row : row + 1, start:] for name, value in given.items()} for row, start in enumerate(starts)]
     rows: list[list[int]] = []
     for first, batch in enumerate(batches):
-        with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
+        with quiet(), torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
             torch.manual_seed(seeds[first])
             out = network.generate(**batch, **inputs, **common)
         skip = batch["input_ids"].shape[1] if embeddings is None else 0
