@@ -72,7 +72,7 @@ def test_a_folder_of_another_family_is_told_how_to_go_on(tmp_path) -> None:
     with pytest.raises(ValueError, match=rf"type 'llama'.*{'|'.join(FAMILIES)}.*hf:"):
         unisonde.load(tmp_path)
     (tmp_path / "config.json").write_text("{torn")
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         unisonde.load(tmp_path)
     with pytest.raises(ValueError, match="no model is called"):
         unisonde.load(tmp_path / "nowhere")
