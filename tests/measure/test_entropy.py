@@ -333,6 +333,14 @@ def test_bandwidths_of_every_size(rng: np.random.Generator) -> None:
     assert entropy(x, Protocol(alpha=1, ridge=0, bandwidth=1e300, pca=None)).value == pytest.approx(0.0, abs=1e-9)
 
 
+def test_a_saturated_kernel_does_not_cost_every_difference(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rng.normal(size=(40, 30)) * 1e4
+    x[3], x[7] = x[2], x[6] + 0.1
+    expected = plain.renyi(plain.density(plain.gaussian(x, 1.0), 1e-6), 1.01)
+    monkeypatch.setattr(torch, "cdist", lambda *args, **kwargs: pytest.fail("all pairs were taken one by one"))
+    assert entropy(x, PROTOCOLS["fixed-bandwidth"]).value == pytest.approx(expected, abs=1e-9)
+
+
 def test_the_prompts_own_digits_survive_a_union_that_needed_differences(rng: np.random.Generator) -> None:
     p, r = rng.normal(size=(12, 6)) * 1e-7, np.ones((5, 6))
     for k in (None, 3):

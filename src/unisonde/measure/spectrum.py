@@ -127,6 +127,21 @@ class Spectrum:
         typical, worst = self._norm_scale
         return sigma * sigma <= max(_TYPICAL * typical, _WORST * worst)
 
+    def _refined(self, sigma: float) -> bool:
+        """Take differences of the close pairs alone, if they are few: at a small bandwidth the others' kernel is zero anyway."""
+        if self.reduces:
+            return False
+        near = 256.0 * sigma * sigma + 1e-12 * self._norm_scale[1]
+        pairs = (self.squared_distances <= near).triu_(1).nonzero()
+        if len(pairs) > 16 * self.n:
+            return False
+        for part in pairs.split(4096):
+            rows, columns = part.unbind(dim=1)
+            exact = (self.states[rows] - self.states[columns]).square().sum(dim=1)
+            self.squared_distances[rows, columns] = exact
+            self.squared_distances[columns, rows] = exact
+        return True
+
     def _take_differences(self) -> None:
         """Squared distances by differences: slower, accurate at every scale, and exactly zero for equal states."""
         features = self.states
@@ -161,7 +176,7 @@ class Spectrum:
         """
         if self.kernel_name == "linear":
             return gram(self._linear_features[rows])
-        if self._too_small(sigma):
+        if self._too_small(sigma) and not self._refined(sigma):
             self._take_differences()
         squared = _block(self.squared_distances, rows)
         if sigma < _LIMIT:
