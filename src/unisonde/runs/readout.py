@@ -58,33 +58,36 @@ class Readout:
         if self.keep:
             self._keep(seen, item)
         try:
+            estimates = self._response_level(seen, item, prompt, response) if len(response) else None
             if len(prompt):
-                self._prompt_level(seen, item, len(response))
-            if len(response):
-                place = (seen.item, seen.stack, seen.layer)
-                if not len(prompt) and place not in self._held:
-                    raise ValueError(
-                        "the response came without a prompt: the family recorded no prompt pass of this stack before it"
-                    )
-                given = prompt if len(prompt) else self._held[place]
-                self._response_level(seen, item, given, response)
-            elif len(prompt):
-                # A copy: a view would change with a layer that adds in place, and would keep the whole batch alive.
-                self._held[seen.item, seen.stack, seen.layer] = prompt.clone()
+                self._prompt_level(seen, item, len(prompt), len(response), estimates)
+                if not len(response):
+                    # A copy: a view would change with a layer that adds in place, and would keep the whole batch alive.
+                    self._held[seen.item, seen.stack, seen.layer] = prompt.clone()
         except ValueError as error:
             raise ValueError(f"{error} (layer {seen.layer} of {seen.stack}, step {seen.step}, item {item.id!r})") from error
 
-    def _prompt_level(self, seen: LayerStates, item: Item, n_response: int) -> None:
+    def _prompt_level(
+        self, seen: LayerStates, item: Item, n_prompt: int, n_response: int, known: dict[str, Estimate] | None
+    ) -> None:
+        """The prompt's entropy, each modality by itself; `known` holds that of the whole prompt, if it was taken already."""
         for modality in seen.modalities("prompt"):
             states = seen.select("prompt", self.reading, modality)
             flags = ["question"] if modality != item.modality else []
-            estimate = layer_estimates(states, None, self.protocol)["entropy"]
+            whole = known is not None and len(states) == n_prompt
+            estimate = known["entropy"] if known and whole else layer_estimates(states, None, self.protocol)["entropy"]
             self._row(seen, "prompt", modality, "entropy", estimate, len(states), n_response, flags)
 
-    def _response_level(self, seen: LayerStates, item: Item, prompt: Tensor, response: Tensor) -> None:
+    def _response_level(self, seen: LayerStates, item: Item, prompt: Tensor, response: Tensor) -> dict[str, Estimate]:
+        if not len(prompt):
+            place = (seen.item, seen.stack, seen.layer)
+            if place not in self._held:
+                raise ValueError("the response came without a prompt: the family recorded no prompt pass of this stack before it")
+            prompt = self._held[place]
         estimates = layer_estimates(prompt, response, self.protocol)
         for quantity in RESPONSE_QUANTITIES:
             self._row(seen, "response", item.modality, quantity, estimates[quantity], len(prompt), len(response), [])
+        return estimates
 
     def _row(
         self,
