@@ -69,6 +69,21 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path) -> None:
         Run.open(tmp_path)
 
 
+def test_a_session_that_ended_before_run_json_can_be_begun_again(tmp_path, monkeypatch) -> None:
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        Run.begin(tmp_path, IDENTITY, SESSION)
+    monkeypatch.undo()
+    assert len(Run.begin(tmp_path, IDENTITY, SESSION).info["sessions"]) == 1
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "parts" / "mine").mkdir()
+    with pytest.raises(ValueError, match="holds files that are no run"):
+        Run.begin(tmp_path, IDENTITY, SESSION)
+
+
 def test_a_damaged_run_json_is_named(tmp_path) -> None:
     Run.begin(tmp_path, IDENTITY, SESSION)
     (tmp_path / "run.json").write_text('{"format": 1, "iden')

@@ -65,7 +65,7 @@ def full_size(hidden: int, ffn: int, layers: int, heads: int) -> JanusConfig:
 
 
 def twin(vocabulary: int, image_token: int) -> JanusConfig:
-    """The configuration of `twin/janus-pro`: 32 x 32 pictures as 8 x 8 codes, 2.8 million parameters."""
+    """The configuration of `twin/janus-pro`: 32 x 32 pictures as 8 x 8 codes, 2.93 million parameters."""
     hidden = 160
     text = LlamaConfig(
         vocab_size=vocabulary,
@@ -91,9 +91,7 @@ def twin(vocabulary: int, image_token: int) -> JanusConfig:
         embed_dim=16,
         num_embeddings=657,  # the distinct 4 x 4 patches of Tabletop
         latent_channels=32,
-        # GroupNorm has 32 groups at every size. With 32 channels each group is one channel, and the norm takes away the colour of a
-        # plain background; with 64 a pair of channels keeps it.
-        base_channels=32,
+        base_channels=32,  # the least that the 32 groups of its norms allow
         channel_multiplier=[2, 1, 2],
         num_res_blocks=1,
         projection_dim=hidden,

@@ -136,7 +136,7 @@ class Run:
                 raise ValueError(
                     f"{folder} holds a run with {'; '.join(differences[:4])}; name another folder with --out, or ask for the same again"
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and not _unbegun(folder):
             raise ValueError(f"{folder} holds files that are no run; name another folder with --out")
         else:
             run = cls(folder, {"format": FORMAT, "identity": identity, "sessions": []})
@@ -229,6 +229,12 @@ class Run:
     def _scan(self, file: str, schema: Mapping[str, Any]) -> pl.LazyFrame:
         files = [part / file for part in self.parts()]
         return pl.scan_parquet(files) if files else pl.LazyFrame(schema=schema)
+
+
+def _unbegun(folder: Path) -> bool:
+    """Whether a folder is empty, or holds only what a session leaves that ends before its run.json is written."""
+    own = {"parts", ".lock", ".run.json.partial"}
+    return {path.name for path in folder.iterdir()} <= own and not any(folder.glob("parts/*"))
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from unisonde.data.item import Item, Task
 from unisonde.measure import Protocol
-from unisonde.models.base import Generation, Model, Response
+from unisonde.models.base import Generation, Model
 from unisonde.models.trace import Reading, Trace
 from unisonde.runs.readout import Readout
 from unisonde.runs.run import Part
@@ -151,6 +151,3 @@ def png(image: Image.Image | None) -> bytes | None:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-__all__ = ["Chunk", "Response", "Settings", "chunks_of", "measure_chunk", "png"]

@@ -63,7 +63,7 @@ def new_twin(seed: int) -> JanusPro:
     tokenizer = word_tokenizer(SPECIAL_TOKENS, BOS, EOS, PAD)
     config = twin(len(tokenizer), SPECIAL_TOKENS.index(IMAGE) + 1)
     torch.manual_seed(seed)
-    # Eager attention: at these lengths it trains twice as fast on a CPU as the fused kernel.
+    # Eager attention: on a CPU, at these lengths and in bfloat16, a step took 0.57 s against 0.83 s with the fused kernel.
     network = JanusForConditionalGeneration._from_config(config, attn_implementation="eager")
     processor = JanusImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3, min_size=1)
     initialise(network, seed)
@@ -77,8 +77,8 @@ RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "projection_layer.weigh
 def initialise(network: JanusForConditionalGeneration, seed: int) -> None:
     """Weights that keep the scale of what they are given (LeCun), embeddings of about unit size, quiet residual branches.
 
-    The default of `transformers`, 0.02 for everything, is made for widths of thousands. At width 160 it leaves the embeddings of
-    image codes at 1e-4, below what the first norm can lift, and the twin learns several times slower (docs/twins.md).
+    With the default of `transformers`, 0.02 for everything, the features of image codes begin at 2e-4, which the first norm lifts to a
+    fifth of unit size, and attention logits of unit inputs spread by 0.06; the twin learns several times slower (docs/twins.md).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in network.named_parameters():
@@ -179,7 +179,7 @@ def train(out: Path, recipe: Recipe | None = None) -> Path:
         sequences = sum(recipe.mix.values())
         for kind, count in recipe.mix.items():
             batch = collate(model, [example(rng, kind) for _ in range(count)], rng, recipe.unconditional)
-            with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
+            with torch.autocast(model.device.type, precision or torch.bfloat16, enabled=precision is not None):
                 total = total + joint_loss(model, batch) * (count / sequences)
         return total
 

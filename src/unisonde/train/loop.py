@@ -121,7 +121,7 @@ def fit(
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The dtype of mixed precision on this CPU or GPU: `auto` takes bfloat16 where the hardware multiplies in it; None is float32.
+    """The dtype of mixed precision on this CPU: `auto` takes bfloat16 where the processor multiplies in it; None is float32.
 
     Raises:
         ValueError: `precision` is none of `auto`, `bf16`, `fp32`.
@@ -130,7 +130,7 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
         raise ValueError(f"the precision is auto, bf16 or fp32; got {precision!r}")
     if precision == "fp32":
         return None
-    if precision == "bf16" or (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
+    if precision == "bf16":
         return torch.bfloat16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else None

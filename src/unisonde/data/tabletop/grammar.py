@@ -25,6 +25,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from unisonde.data.tabletop.scene import (
     BACKGROUNDS,
@@ -151,11 +152,11 @@ def _scene(rng: random.Random, things: Sequence[Thing]) -> Scene:
     return Scene(tuple(things), rng.choice(tuple(BACKGROUNDS)))
 
 
-def _thing(rng: random.Random, taken: Sequence[Thing] = (), **fixed: object) -> Thing:
+def _thing(rng: random.Random, taken: Sequence[Thing] = (), **fixed: Any) -> Thing:
     """A random thing in a free cell, some of its properties fixed."""
     while True:
         thing = Thing(rng.randrange(3), rng.randrange(3), rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(tuple(SIZES)))
-        thing = replace(thing, **fixed)  # type: ignore[arg-type]
+        thing = replace(thing, **fixed)
         if thing.cell not in {other.cell for other in taken}:
             return thing
 
@@ -206,10 +207,14 @@ def _rule_of_row(rng: random.Random) -> tuple[str, Scene]:
 _PROPERTIES: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
 
 
+def _with(thing: Thing, name: str, value: Any) -> Thing:
+    return replace(thing, **{name: value})
+
+
 def _changed(rng: random.Random, thing: Thing, name: str) -> Thing:
     """The same thing with another shape, colour or size."""
     others = [value for value in _PROPERTIES[name] if value != getattr(thing, name)]
-    return replace(thing, **{name: rng.choice(others)})  # type: ignore[arg-type]
+    return _with(thing, name, rng.choice(others))
 
 
 def _pattern_in_line(rng: random.Random) -> tuple[str, Scene]:
@@ -227,8 +232,8 @@ def _analogy(rng: random.Random) -> tuple[str, Scene]:
     name = rng.choice(tuple(_PROPERTIES))
     before = _thing(rng)
     after = _changed(rng, before, name)
-    start = replace(_thing(rng), **{name: getattr(before, name)})  # type: ignore[arg-type]
-    end = replace(start, **{name: getattr(after, name)})  # type: ignore[arg-type]
+    start = _with(_thing(rng), name, getattr(before, name))
+    end = _with(start, name, getattr(after, name))
     say = [f"a {t.size} {t.colour} {t.shape}" for t in (before, after, start)]
     text = f"{say[0]} turns into {say[1]}. {say[2]} turns in the same way: draw the result at the {end.place}."
     return text, _scene(rng, (end,))

@@ -36,7 +36,7 @@ CELL = 8
 PITCH = 12
 
 HELD_OUT: tuple[tuple[str, str], ...] = (("square", "yellow"), ("circle", "purple"), ("triangle", "blue"), ("cross", "orange"))
-"""Shape-colour pairs that occur in the `compositional` split and nowhere else."""
+"""Shape-colour pairs that occur in the `compositional` split alone. The image tokenizer, which learns no words, sees them too."""
 
 Split = Literal["train", "test", "compositional"]
 SPLITS: tuple[Split, ...] = ("train", "test", "compositional")

@@ -12,7 +12,7 @@ from torch import Tensor
 from unisonde.models.base import Generation, Response
 from unisonde.models.parts.quiet import quiet
 from unisonde.models.parts.segments import spans_of
-from unisonde.models.trace import Span
+from unisonde.models.trace import Kind, Modality, Span
 
 
 def pad(sequences: Sequence[list[int]], value: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
@@ -62,8 +62,9 @@ class Written:
 
     def spans(self, start: int) -> tuple[Span, ...]:
         """Its response spans, in a sequence where the prompt has `start` positions."""
-        kinds = ["content"] * self.content + ["template"] * (len(self.ids) - self.content)
-        return spans_of([("text", kind) for kind in kinds], "response", start)  # type: ignore[misc]
+        content: list[tuple[Modality, Kind]] = [("text", "content")] * self.content
+        ends: list[tuple[Modality, Kind]] = [("text", "template")] * (len(self.ids) - self.content)
+        return spans_of(content + ends, "response", start)
 
     def response(self, flags: tuple[str, ...] = ()) -> Response:
         return Response(self.content, text=self.text, flags=flags + (("full",) if self.full else ()))
