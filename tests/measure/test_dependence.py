@@ -66,13 +66,27 @@ def test_dime_of_independent_samples_is_around_zero() -> None:
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(20)
 
 
-def three_cases(seed: int, scale: float) -> tuple[float, float, float]:
-    """The proxy for Y = X, Y = X + 0.1 e and Y independent of X, as in the supplement, section 2.4."""
+def three_samples(seed: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """X, and Y = X, Y = X + 0.1 e, Y independent of X: the experiment of the supplement, section 2.4."""
     x, e, other = np.random.default_rng(seed).normal(size=(3, 512, 16))
+    return x, (x, x + 0.1 * e, other)
+
+
+def three_cases(seed: int, scale: float) -> tuple[float, float, float]:
+    """The proxy of the paper for the three cases."""
+    x, ys = three_samples(seed)
     # Without the ridge, which adds a hundred-thousandth of a bit to the doubled eigenvalues of y = x.
     protocol = Protocol(ridge=0, bandwidth_scale=scale)
-    a, b, c = (conditional_entropy(x, y, protocol).value for y in (x, x + 0.1 * e, other))
+    a, b, c = (conditional_entropy(x, y, protocol).value for y in ys)
     return a, b, c
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_three_cases_of_the_supplement_are_ordered_where_the_pairing_is_seen(seed: int) -> None:
+    # The same experiment at the supplement's own bandwidth, with the conditional entropy of paired samples.
+    x, ys = three_samples(seed)
+    same, noisy, independent = (paired_conditional_entropy(y, x, Protocol(ridge=0, pca=None)).value for y in ys)
+    assert same + 0.005 < noisy < independent - 0.5
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .eigen import eigvalsh
 from .entropy import renyi
 from .spectrum import settle
 from .states import Array, as_gram
@@ -121,11 +122,11 @@ def _density(matrix: Tensor) -> Tensor:
 
 
 def _power(density: Tensor, alpha: float) -> float:
-    return float(settle(torch.linalg.eigvalsh(density)).pow(alpha).sum())
+    return float(settle(eigvalsh(density)).pow(alpha).sum())
 
 
 def _entropy(density: Tensor, alpha: float) -> float:
-    return float(renyi(settle(torch.linalg.eigvalsh(density)), alpha))
+    return float(renyi(settle(eigvalsh(density)), alpha))
 
 
 def _nuclear(matrix: Tensor) -> float:

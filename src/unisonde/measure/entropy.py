@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .ceilings import entropy_ceiling, joint_ceiling
+from .eigen import eigvalsh
 from .estimate import Estimate
 from .lanczos import CROSSOVER, LEAST, renyi_lanczos
 from .protocol import DEFAULT, Protocol
@@ -108,7 +109,7 @@ def gram_entropy(gram: Array, protocol: Protocol = DEFAULT) -> Estimate:
     if uses_lanczos(n, replace(protocol, kernel="gaussian")):
         value, stderr = renyi_lanczos(matrix, protocol.alpha, protocol.seed)
         return Estimate(value / protocol.unit, ceiling, stderr / protocol.unit, n, protocol.units, "lanczos")
-    return _estimate(float(renyi(settle(torch.linalg.eigvalsh(matrix)), protocol.alpha)) / protocol.unit, ceiling, n, protocol)
+    return _estimate(float(renyi(settle(eigvalsh(matrix)), protocol.alpha)) / protocol.unit, ceiling, n, protocol)
 
 
 def renyi(eigenvalues: Tensor, alpha: float) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .eigen import eigvalsh
 from .entropy import entropy, gram_entropy, renyi
 from .estimate import Estimate
 from .protocol import Protocol
@@ -230,7 +231,7 @@ def _centred_unit(matrix: Tensor) -> Tensor:
 def _linear_entropy(matrix: Tensor, alpha: float) -> Tensor:
     """The Rényi entropy in nats of x x^T over its trace, by the smaller of x x^T and x^T x."""
     smaller = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    return renyi(normalised(torch.linalg.eigvalsh(gram(smaller))), alpha)
+    return renyi(normalised(eigvalsh(gram(smaller))), alpha)
 
 
 def _exponential(nats: Tensor, ceiling: float, n: int) -> Estimate:

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .eigen import eigvalsh, leading
 from .protocol import Kernel, Protocol
 
 Rows = slice | Tensor
@@ -218,10 +219,10 @@ class Spectrum:
                 # The covariance has the same non-zero eigenvalues as the Gram matrix, and is smaller.
                 if weights is not None:
                     features = features * weights.sqrt()[:, None]
-                values = torch.linalg.eigvalsh(gram(features.mT))
+                values = eigvalsh(gram(features.mT))
                 values = torch.cat([values.new_zeros(n - k), values.clamp_min(0.0)])
                 return normalised(values + self._ridge(ridge))
-        return normalised(torch.linalg.eigvalsh(self.density(sigma, ridge, rule, split, rows)))
+        return normalised(eigvalsh(self.density(sigma, ridge, rule, split, rows)))
 
     def _ridge(self, ridge: float) -> Tensor | float:
         if self.kernel_name == "gaussian" or ridge == 0.0:
@@ -262,10 +263,10 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
 def principal_components(centred: Tensor, k: int, inner: Tensor | None = None) -> Tensor:
     """The first k principal components `(n, k)` of centred states `(n, d)`: by the covariance, or by `inner` = x x^T if given."""
     if inner is not None:
-        values, vectors = torch.linalg.eigh(inner)
-        return vectors[:, -k:] * values[-k:].clamp_min(0.0).sqrt()
-    _, vectors = torch.linalg.eigh(gram(centred.mT))
-    return centred @ vectors[:, -k:]
+        values, vectors = leading(inner, k)
+        return vectors * values.clamp_min(0.0).sqrt()
+    _, vectors = leading(gram(centred.mT), k)
+    return centred @ vectors
 
 
 def median_distance(squared: Tensor) -> float:
