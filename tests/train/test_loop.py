@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from unisonde.train.loop import Schedule, autocast_dtype, fit
+from unisonde.train.loop import Schedule, autocast_dtype, fit, optimizers_of
 
 SCHEDULE = Schedule(steps=30, rate=5e-2, warmup=5)
 
@@ -60,9 +62,51 @@ def test_a_finished_training_is_not_repeated(tmp_path) -> None:
 
 
 def test_the_rate_rises_then_falls_to_zero() -> None:
-    rates = [SCHEDULE.rate_at(step) for step in range(30)]
-    assert rates[4] == max(rates) == pytest.approx(5e-2) and rates[0] == pytest.approx(1e-2)
-    assert rates[5:] == sorted(rates[5:], reverse=True) and SCHEDULE.rate_at(30) == pytest.approx(0)
+    shares = [SCHEDULE.share_at(step) for step in range(30)]
+    assert shares[4] == max(shares) == pytest.approx(1) and shares[0] == pytest.approx(0.2)
+    assert shares[5:] == sorted(shares[5:], reverse=True) and SCHEDULE.share_at(30) == pytest.approx(0)
+
+
+class Layered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 1)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.last(x)
+
+
+MUON = replace(SCHEDULE, rate=1e-2, matrix_rate=2e-2)
+
+
+def test_muon_has_the_matrices_of_layers_and_nothing_else() -> None:
+    net = Layered()
+    adam, muon = optimizers_of(net, MUON)
+    assert [p.shape for group in muon.param_groups for p in group["params"]] == [(8, 8), (8, 8)]
+    held = [id(p) for optimizer in (adam, muon) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, net.parameters()))
+    assert len(optimizers_of(net, SCHEDULE)) == 1
+
+
+def test_with_muon_too_it_ends_where_it_would_have(tmp_path) -> None:
+    (tmp_path / "a").mkdir()
+    ends = []
+    for folder, stop in ((tmp_path / "a", None), (tmp_path, 17), (tmp_path, None)):
+        net = Layered()
+        start = {name: weight.clone() for name, weight in net.state_dict().items()}
+        if stop is None:
+            fit("test", net, loss_of(net), MUON, folder / "c.pt", 16)
+            ends.append(net.state_dict())
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                fit("test", net, loss_of(net, stop), MUON, folder / "c.pt", 16)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
+    assert all(not torch.equal(ends[0][name], start[name]) for name in start)
 
 
 def test_a_loss_that_is_not_finite_stops_it(tmp_path) -> None:

@@ -21,18 +21,26 @@ SAVE_EVERY_SECONDS = 60
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps, and a learning rate that rises linearly over `warmup` steps and then falls to zero as a half cosine."""
+    """Steps, and a learning rate that rises linearly over `warmup` steps and then falls to zero as a half cosine.
+
+    Attributes:
+        rate: of AdamW.
+        matrix_rate: of Muon, which then trains the matrices of transformer layers; None leaves everything to AdamW. Muon gives every
+            direction of an update the same size (https://kellerjordan.github.io/posts/muon/), and twins learn to bind in fewer steps.
+    """
 
     steps: int
     rate: float
     warmup: int = 100
     weight_decay: float = 0.01
     clip: float = 1.0
+    matrix_rate: float | None = None
 
-    def rate_at(self, step: int) -> float:
+    def share_at(self, step: int) -> float:
+        """The share of the full rate at a step."""
         if step < self.warmup:
-            return self.rate * (step + 1) / self.warmup
-        return self.rate * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+            return (step + 1) / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ def fit(
     checkpoint: Path,
     samples: int,
 ) -> Effort:
-    """Train `network` in place with AdamW; go on from `checkpoint` if it exists.
+    """Train `network` in place; go on from `checkpoint` if it exists.
 
     Args:
         loss: the loss of one step, a scalar.
@@ -61,22 +69,21 @@ def fit(
         The time it took, that before a kill included.
     """
     trained = list(network.parameters())
-    decayed = [p for p in trained if p.ndim > 1]
-    plain = [p for p in trained if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=schedule.rate, betas=(0.9, 0.98))
+    optimizers = optimizers_of(network, schedule)
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     step, spent, worked = 0, 0.0, 0.0
     smooth: float | None = None
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         step, spent, worked, smooth = (saved[name] for name in ("step", "seconds", "processor_seconds", "loss"))
 
     def save() -> None:
         state = {
             "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step,
             "seconds": spent + time.monotonic() - begun,
             "processor_seconds": worked + time.process_time() - begun_working,
@@ -95,13 +102,15 @@ def fit(
         started_at = step
         try:
             while step < schedule.steps:
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule.rate_at(step)
+                groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate * schedule.share_at(step)
                 value = loss(step)
-                optimizer.zero_grad(set_to_none=True)
+                network.zero_grad(set_to_none=True)
                 value.backward()
                 nn.utils.clip_grad_norm_(trained, schedule.clip)
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 step += 1
                 if step % 10 == 0 or step == schedule.steps:
                     now = float(value.detach())
@@ -118,6 +127,22 @@ def fit(
             raise
     save()
     return Effort(spent + time.monotonic() - begun, worked + time.process_time() - begun_working)
+
+
+def optimizers_of(network: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of `layers` and AdamW for the rest. Vectors do not decay."""
+    named = list(network.named_parameters())
+    hidden = [p for name, p in named if schedule.matrix_rate is not None and p.ndim == 2 and ".layers." in f".{name}"]
+    taken = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.0 if hidden else schedule.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=schedule.rate, betas=(0.9, 0.98))]
+    if hidden and schedule.matrix_rate is not None:
+        optimizers.append(torch.optim.Muon(hidden, lr=schedule.matrix_rate, weight_decay=schedule.weight_decay))
+    return optimizers
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
