@@ -255,7 +255,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_local_folder(folder: Path) -> None:
     lm = load(str(folder), "mine")
     again = load(str(folder), "mine")
-    assert lm.name == "mine" and lm.chats and lm.source == folder and lm.network.dtype == torch.float32
+    assert lm.name == "mine" and lm.chat and lm.source == folder and lm.network.dtype == torch.float32
     assert lm.generate("hello", tokens=4) == again.generate("hello", tokens=4)
     assert lm.identity()["weights"] == again.identity()["weights"] is not None
     assert load(str(folder), "mine", dtype=torch.bfloat16).identity()["dtype"] == "bfloat16"

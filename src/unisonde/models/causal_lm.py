@@ -17,13 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from unisonde.data.item import Item, Task
-from unisonde.models.base import Generation, Model, Response, item_seed
-from unisonde.models.parts.chat import chat_segments, end_of_turn
-from unisonde.models.parts.decoder import find_stack
-from unisonde.models.parts.pretrained import ends_of, load_network, load_tokenizer, pad_of, published, source_of, window_of
+from unisonde.models.base import Generation, Response, item_seed
+from unisonde.models.parts.chat import chat_segments
+from unisonde.models.parts.pretrained import load_network, load_tokenizer, source_of
 from unisonde.models.parts.segments import content, encode
 from unisonde.models.parts.text import cut_to_window, pad, write_text
-from unisonde.models.trace import Row, Span, Stack, Trace
+from unisonde.models.parts.text_decoder import TextDecoder
+from unisonde.models.trace import Row, Span, Trace
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Encoded:
     flags: tuple[str, ...] = ()
 
 
-class CausalLM(Model):
+class CausalLM(TextDecoder):
     """A causal language model.
 
     Args:
@@ -48,36 +48,11 @@ class CausalLM(Model):
     """
 
     family = "causal-lm"
-    tasks = ("text",)
 
     def __init__(
         self, network: Any, tokenizer: Any, name: str, source: Path | None = None, generation: Generation | None = None
     ) -> None:
-        self.network = network.eval()
-        self.tokenizer = tokenizer
-        self.name = name
-        self.source = source
-        self._stack = find_stack(network)
-        self._defaults = generation or published(network)
-        self.chats = bool(tokenizer.chat_template)
-        self.ends = ends_of(network, tokenizer, end_of_turn(tokenizer) if self.chats else None)
-        self.pad_id = pad_of(network, tokenizer, self.ends)
-
-    @property
-    def module(self) -> torch.nn.Module:
-        return self.network
-
-    @property
-    def stacks(self) -> tuple[Stack, ...]:
-        return (self._stack,)
-
-    @property
-    def window(self) -> int | None:
-        """The most positions of a sequence; None if the model sets no bound."""
-        return window_of(self.network)
-
-    def defaults(self, task: Task) -> Generation:
-        return self._defaults
+        super().__init__(network, tokenizer, name, tokenizer if tokenizer.chat_template else None, source, generation)
 
     def encode(self, item: Item, room: int, truncate: bool = False) -> Encoded:
         """The prompt of an item.
@@ -92,9 +67,9 @@ class CausalLM(Model):
             raise ValueError(f"item {item.id!r} has an image prompt; {self.name} reads text alone")
         if not item.prompt.strip():
             raise ValueError(f"item {item.id!r} has an empty prompt")
-        segments = chat_segments(self.tokenizer, item.prompt, item.id) if self.chats else [content(item.prompt)]
+        segments = chat_segments(self.chat, item.prompt, item.id) if self.chat else [content(item.prompt)]
         # A chat template writes BOS itself.
-        ids, spans = encode(self.tokenizer, segments, special=not self.chats)
+        ids, spans = encode(self.tokenizer, segments, special=not self.chat)
         if self.window is None:
             return Encoded(ids, spans)
         return Encoded(*cut_to_window(ids, spans, self.window - room, truncate, self.name, item.id))

@@ -24,13 +24,13 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from unisonde.data.item import Item, Task
-from unisonde.models.base import Generation, Model, Response, item_seed
-from unisonde.models.parts.chat import chat_segments, end_of_turn
-from unisonde.models.parts.decoder import find_stack
-from unisonde.models.parts.pretrained import ends_of, load_network, load_tokenizer, pad_of, part, published, source_of, window_of
+from unisonde.models.base import Generation, Response, item_seed
+from unisonde.models.parts.chat import chat_segments
+from unisonde.models.parts.pretrained import load_network, load_tokenizer, part, source_of
 from unisonde.models.parts.segments import Segment, content, encode, spans_of, template
 from unisonde.models.parts.text import cut_to_window, write_text
-from unisonde.models.trace import Kind, Modality, Row, Span, Stack, Trace
+from unisonde.models.parts.text_decoder import TextDecoder
+from unisonde.models.trace import Kind, Modality, Row, Span, Trace
 
 PLAIN = ("qwen2_vl", "qwen2_5_vl")
 """Families in which a picture of n features is the placeholder n times and nothing else."""
@@ -49,7 +49,7 @@ class Encoded:
     flags: tuple[str, ...] = ()
 
 
-class ImageTextLM(Model):
+class ImageTextLM(TextDecoder):
     """A model that reads a picture and a text, or a text alone, and writes text.
 
     Args:
@@ -64,7 +64,7 @@ class ImageTextLM(Model):
     """
 
     family = "image-text-to-text"
-    tasks = ("text",)
+    pictures = True
 
     def __init__(
         self,
@@ -81,43 +81,20 @@ class ImageTextLM(Model):
             raise ValueError(
                 f"{name} ({kind}) needs its published processor for pictures, and that needs torchvision: pip install torchvision"
             )
-        self.network = network.eval()
-        self.tokenizer = tokenizer
+        chat = next((t for t in (processor, tokenizer) if getattr(t, "chat_template", None)), None)
+        super().__init__(network, tokenizer, name, chat, source, generation)
         self.image_processor = image_processor
         self.processor = processor
-        self.name = name
-        self.source = source
-        self._stack = find_stack(network)
-        self._defaults = generation or published(network)
-        self._chat = next((t for t in (processor, tokenizer) if getattr(t, "chat_template", None)), None)
-        self.ends = ends_of(network, tokenizer, end_of_turn(self._chat, image=False) if self._chat else None)
-        self.pad_id = pad_of(network, tokenizer, self.ends)
         token = getattr(network.config, "image_token_id", None)
         self.image_id = network.config.image_token_index if token is None else token
         self._along = [key for key in ALONG if key in inspect.signature(network.forward).parameters]
-
-    @property
-    def module(self) -> torch.nn.Module:
-        return self.network
-
-    @property
-    def stacks(self) -> tuple[Stack, ...]:
-        return (self._stack,)
-
-    @property
-    def window(self) -> int | None:
-        """The most positions of a sequence; None if the model sets no bound."""
-        return window_of(self.network)
-
-    def defaults(self, task: Task) -> Generation:
-        return self._defaults
 
     # ------------------------------------------------------------------------------------------------------------- prompts
 
     def segments(self, item: Item) -> list[Segment]:
         """The prompt with one placeholder for its picture, by the chat template if there is one."""
-        if self._chat is not None:
-            return chat_segments(self._chat, item.prompt, item.id, image=item.image is not None)
+        if self.chat is not None:
+            return chat_segments(self.chat, item.prompt, item.id, image=item.image is not None)
         if item.image is None:
             return [content(item.prompt)]
         return [template(self.tokenizer.convert_ids_to_tokens(self.image_id) + "\n"), content(item.prompt)]
