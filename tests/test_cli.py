@@ -120,6 +120,15 @@ def test_errors_are_one_sentence_and_debug_shows_more(line, tmp_path) -> None:
     assert not (tmp_path / "r").exists()
 
 
+def test_what_the_system_refuses_is_said_without_its_number(line, monkeypatch) -> None:
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "locked/r")
+
+    monkeypatch.setattr("unisonde.runs.probe", refuse)
+    code, _, err = line("probe", "twin/janus-pro", "--data", "tabletop", "--out", "locked/r")
+    assert code == 1 and err.strip() == "error: locked/r: permission denied"
+
+
 def test_a_line_that_cannot_be_understood(line) -> None:
     code, _, err = line("probe", "twin/janus-pro")
     assert code == 2 and "--data" in err

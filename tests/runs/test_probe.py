@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
@@ -220,11 +223,29 @@ def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(tmp_path, how) -> No
     assert len(unisonde.Run.open(killed).info["sessions"]) == 2
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written(untrained, items, tmp_path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(OSError):
-        probe(untrained, items, tmp_path / "r")
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may write everywhere; for a moment it is nobody."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_folder_that_cannot_be_written(untrained, items) -> None:
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    try:
+        with as_nobody(), pytest.raises(PermissionError):
+            probe(untrained, items, folder / "r")
+        assert not list(folder.iterdir())
+    finally:
+        folder.chmod(0o755)
+        folder.rmdir()
 
 
 def test_asking_for_what_is_not_there(untrained, items, tmp_path) -> None:
@@ -235,6 +256,8 @@ def test_asking_for_what_is_not_there(untrained, items, tmp_path) -> None:
         ({"batch_size": 0}, "batch size must be at least 1"),
         ({"protocol": "defualt"}, "defualt"),
         ({"generation": {"tempo": 3}}, "no sampling setting is called tempo"),
+        ({"generation": {"steps": 3}}, "has the sampling setting steps for text"),
+        ({"generation": {"guidance": 3}}, "has the sampling setting guidance for text"),
         ({"limit": 0}, "limit must be at least 1"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -106,6 +106,7 @@ def probe(
         generations = {t: _settings(model, t, generation or {}) for t in own}
         settings_of[model.name] = {t: g.to_dict() | {"digest": g.digest()} for t, g in generations.items()}
         chunks = [c for t in own for c in chunks_of(number, t, items[t], generations[t], batch_size)] + chunks
+    _check_used(generation or {}, settings_of)
     names = [identity["name"] for identity in identities]
     if len(set(names)) != len(names):
         raise ValueError(f"a model is named twice: {', '.join(names)}")
@@ -186,6 +187,14 @@ def _settings(model: Model, task: Task, overrides: dict[str, Any]) -> Generation
         raise ValueError(f"no sampling setting is called {', '.join(sorted(unknown))}; there are {', '.join(published.to_dict())}")
     fitting = {name: value for name, value in overrides.items() if value is not None and getattr(published, name) is not None}
     return replace(published, **fitting)
+
+
+def _check_used(overrides: dict[str, Any], settings_of: dict[str, dict[str, Any]]) -> None:
+    """Refuse a sampling setting that nothing in this run has: it would be ignored without a word."""
+    for name, value in overrides.items():
+        if value is not None and not any(s[name] is not None for tasks in settings_of.values() for s in tasks.values()):
+            tasks = " or ".join(dict.fromkeys(t for tasks in settings_of.values() for t in tasks))
+            raise ValueError(f"none of {', '.join(settings_of)} has the sampling setting {name} for {tasks}; leave it out")
 
 
 def _session(device: torch.device) -> dict[str, Any]:
