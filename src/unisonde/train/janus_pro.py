@@ -37,7 +37,7 @@ GENERATION: dict[Task, Generation] = {
 """The twin's sampling settings. Its world is small and exact, so it draws cooler and with less guidance than the published model."""
 
 
-JOINT = Schedule(steps=1300, rate=2e-3, warmup=100, weight_decay=0.02)
+JOINT = Schedule(steps=1900, rate=2e-3, matrix_rate=0.02, warmup=60, weight_decay=0.02)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Recipe:
 
     seed: int = 0
     precision: str = "auto"
-    mix: dict[Kind, int] = field(default_factory=lambda: {"draw": 32, "infer": 8, "caption": 8, "answer": 16})
+    mix: dict[Kind, int] = field(default_factory=lambda: {"draw": 36, "infer": 8, "caption": 8, "answer": 12})
     unconditional: float = 0.1
     codes: Schedule = CODES
     joint: Schedule = JOINT
