@@ -178,6 +178,34 @@ def calibrate(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder of parity fixtures.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Our models against recorded outputs of the official code. Exit code 1 if a number differs, or is not compared."""
+    from unisonde.study.parity import verify as check
+
+    verdicts = check(folder)
+    rows = [
+        {
+            "family": v.name,
+            "arrays": v.arrays,
+            "inputs": v.inputs,
+            "compared": v.compared,
+            "not compared": list(v.left),
+            "wrong": [f"{d.name} ({d.largest:.2g})" for d in v.wrong],
+            "largest difference": v.largest,
+            "error": v.error,
+            "ok": v.ok,
+        }
+        for v in verdicts
+    ]
+    show(rows, as_json, f"{sum(v.ok for v in verdicts)} of {len(verdicts)} families agree")
+    if not all(v.ok for v in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
     twin: Annotated[str, typer.Argument(help="The twin to make: janus-pro.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The folder to write; twins/NAME if not given.")] = None,
@@ -262,8 +290,15 @@ def main(arguments: list[str] | None = None) -> int:
                 soft_wrap=True,
             )
             return 1
-        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"error: {_sentence(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, without the number that the system gives it."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
 
 
 def _stopped() -> int:
@@ -294,7 +329,3 @@ def spread(arguments: list[str]) -> list[str]:
 def entry() -> None:
     """What the installed command `unisonde` calls."""
     sys.exit(main())
-
-
-if __name__ == "__main__":
-    entry()

@@ -1,8 +1,10 @@
 """Janus-Pro (arXiv 2501.17811): one Llama that reads SigLIP features and text, and writes text or image codes one by one.
 
-The parts are the `transformers` Janus classes at every size, so the twin and the published 1B and 7B are one code. What is ours: the
-published templates, the spans, the sampling loop of images and the teacher-forced pass. `generate(generation_mode="image")` of
-`transformers` cannot give hidden states, has guidance always on and fails without a mask, so it is not used.
+The parts are the `transformers` Janus classes at every size, so the twin and the published 1B and 7B are one code; `load` opens the
+original format (`deepseek-ai`, `parts.janus_keys`) and the converted one (`deepseek-community`). What is ours: the published templates,
+the spans, the sampling loop of images, the teacher-forced pass, and the two places where `transformers` departs from the official code:
+the size of a resized picture and the codes of a picture. `generate(generation_mode="image")` of `transformers` cannot give hidden
+states, has guidance always on and fails without a mask, so it is not used.
 
 Prompt states: the positions of the prompt's text, or of the image's features (576 at full size), and of the question after it. Response
 states: the positions at which a response token, or an image code, is the input (DESIGN.md, decision 3). Stack `llm`; one pass, step
@@ -14,22 +16,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import JanusConfig, JanusForConditionalGeneration
+from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.image_transforms import resize
+from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from unisonde.data.item import Item, Task
 from unisonde.models.base import Generation, Model, Response, item_seed
-from unisonde.models.parts.pretrained import load_network, load_tokenizer, part, source_of
+from unisonde.models.parts.checkpoint import empty, fill, tensors_of, weight_files
+from unisonde.models.parts.janus_keys import KEYS, ORIGINAL, configuration
+from unisonde.models.parts.pretrained import load_network, load_tokenizer, part, reach, read_json, source_of
 from unisonde.models.parts.sampling import draw, guided, uniforms
 from unisonde.models.parts.segments import Segment, content, encode, spans_of, template
 from unisonde.models.parts.text import cut_to_window, pad, write_text
@@ -45,6 +53,10 @@ SYSTEM = (
     "and assist the user with a variety of tasks using natural language."
 )
 """The published system prompt of understanding. Image generation has none, and the twin was trained without one."""
+
+
+SIZES = {"1B": (2048, 5632, 24, 16), "7B": (4096, 11008, 30, 32)}
+"""The published sizes, as `full_size` takes them."""
 
 
 def full_size(hidden: int, ffn: int, layers: int, heads: int) -> JanusConfig:
@@ -108,6 +120,21 @@ class Encoded:
     spans: tuple[Span, ...]
     pixels: Tensor | None = None
     flags: tuple[str, ...] = ()
+
+
+class ImageProcessor(JanusImageProcessorPil):
+    """Pictures to pixel values as published: the long side resized, then a square with a margin of the mean colour.
+
+    The official code cuts the short side down to whole pixels, where `transformers` rounds it.
+    """
+
+    def resize(  # type: ignore[override] # as the class above departs from its own
+        self, image: np.ndarray, size: SizeDict, min_size: int, resample: Any = None, **kwargs: Any
+    ) -> np.ndarray:
+        """(3, h, w) bytes -> (3, H, W) bytes, the longer side `size`."""
+        longest, first = max(image.shape[-2:]), ChannelDimension.FIRST
+        height, width = (max(int(side / longest * size.height), min_size) for side in image.shape[-2:])
+        return resize(image, (height, width), resample or self.resample, data_format=first, input_data_format=first)
 
 
 class JanusPro(Model):
@@ -307,24 +334,27 @@ class JanusPro(Model):
             embeddings=self.embed(ids, features),
         )
 
-    @torch.inference_mode()
     def draw_codes(self, prompts: Sequence[list[int]], generation: Generation, seeds: Sequence[int]) -> Tensor:
-        """Image codes, drawn one after another with guidance: B prompts -> (B, codes).
-
-        The published loop: the unconditional row is the prompt with every token but the first (BOS) and the last
-        (`<begin_of_image>`) replaced by padding that is attended to. Rows of other lengths are padded on the left and masked.
-        """
+        """Image codes of B prompts, drawn one after another with guidance: (B, codes)."""
         assert generation.guidance is not None and generation.temperature is not None
+        temperature, chance = generation.temperature, uniforms(seeds, self.codes, self.device)
+        return self.code_by_code(prompts, generation.guidance, lambda step, logits: draw(logits, temperature, chance[:, step]))
+
+    @torch.inference_mode()
+    def code_by_code(self, prompts: Sequence[list[int]], guidance: float, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """The published loop, with guidance: B prompts -> (B, codes). Rows of other lengths are padded on the left and masked.
+
+        Args:
+            choose: from the number of a code and its guided logits (B, K) to the codes (B,).
+        """
         ids, mask = pad(prompts, self.pad_id, "left")
-        if guide := generation.guidance != 1:
-            empty = [[p[0], *[self.pad_id] * (len(p) - 2), p[-1]] for p in prompts]
-            ids = torch.cat([ids, pad(empty, self.pad_id, "left")[0]])
+        if guide := guidance != 1:
+            ids = torch.cat([ids, pad([self.unconditional(prompt) for prompt in prompts], self.pad_id, "left")[0]])
             mask = torch.cat([mask, mask])
         mask = mask.to(self.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        chance = uniforms(seeds, self.codes, self.device)
         embeddings = self.embed(ids.to(self.device))
-        drawn: list[Tensor] = []
+        chosen: list[Tensor] = []
         cache = None
         for step in range(self.codes):
             output = self.network.model.language_model(
@@ -334,32 +364,57 @@ class JanusPro(Model):
             logits = self.network.model.generation_head(output.last_hidden_state[:, -1])
             if guide:
                 conditional, unconditional = logits.chunk(2)
-                logits = guided(conditional, unconditional, generation.guidance)
-            code = draw(logits, generation.temperature, chance[:, step])
-            drawn.append(code)
+                logits = guided(conditional, unconditional, guidance)
+            code = choose(step, logits)
+            chosen.append(code)
             embeddings = self.code_features(torch.cat([code, code]) if guide else code)[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
             positions = positions[:, -1:] + 1
-        return torch.stack(drawn, 1)
+        return torch.stack(chosen, 1)
+
+    def unconditional(self, ids: Sequence[int]) -> list[int]:
+        """The prompt with every token but the first (BOS) and the last (`<begin_of_image>`) replaced by padding, which is attended to."""
+        return [ids[0], *[self.pad_id] * (len(ids) - 2), ids[-1]]
+
+    # ------------------------------------------------------------------------------------------------------------ pictures
 
     @torch.inference_mode()
+    def pixels_of(self, codes: Tensor) -> Tensor:
+        """Pixel values of image codes: (B, codes) -> (B, 3, H, W), about [-1, 1]."""
+        return self.network.model.vqmodel.decode(codes)
+
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Pictures of image codes: (B, codes) -> B pictures."""
-        pixels = self.network.decode_image_tokens(codes)  # (B, H, W, 3), about [-1, 1]
-        values = ((pixels.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).cpu().numpy()
-        return [Image.fromarray(array) for array in values]
+        values = ((self.pixels_of(codes).float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+        return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]
+
+    @torch.inference_mode()
+    def codes_of(self, pixels: Tensor) -> Tensor:
+        """Image codes of pictures: (B, 3, H, W) in [-1, 1] -> (B, codes).
+
+        A code is the nearest in the codebook, both of unit length; `vqmodel.encode` of `transformers` leaves out the second part.
+        """
+        vq = self.network.model.vqmodel
+        latents = vq.quant_conv(vq.encoder(pixels.to(self.device, self.network.dtype))).flatten(2).transpose(1, 2)
+        return (F.normalize(latents, dim=-1) @ F.normalize(vq.quantize.embedding.weight, dim=-1).T).argmax(-1)
 
 
 def load(path: str, name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> JanusPro:
-    """The Janus-Pro of a local folder or hub id, in the layout of `deepseek-community/Janus-Pro-1B`.
+    """The Janus-Pro of a local folder or hub id, in the layout of `deepseek-ai/Janus-Pro-1B` or of `deepseek-community/Janus-Pro-1B`.
 
     Raises:
-        ValueError: a file is missing or damaged, or the hub cannot be reached; the sentence names the file.
+        ValueError: a file is missing or damaged, the weights are not this model's, or the hub cannot be reached; the sentence says which.
     """
-    tokenizer = load_tokenizer(path)
-    # The head is untied in every Janus-Pro; the default of JanusConfig would tie it.
-    network = load_network(JanusForConditionalGeneration, path, device, dtype, tie_word_embeddings=False)
-    processor = part(path, "preprocessor_config.json", lambda: JanusImageProcessorPil.from_pretrained(path))
+    config = read_json(path, "config.json")
+    original = config.get("model_type") == ORIGINAL
+    tokenizer = _tokenizer(path, original)
+    if original:
+        network = _original(path, config, tokenizer, name, device, dtype)
+        processor = _original_processor(path)
+    else:
+        # The head is untied in every Janus-Pro; the default of JanusConfig would tie it.
+        network = load_network(JanusForConditionalGeneration, path, device, dtype, tie_word_embeddings=False)
+        processor = part(path, "preprocessor_config.json", lambda: ImageProcessor.from_pretrained(path))
     source = source_of(path)
     own = source / "unisonde.json"  # the twin's: what differs from the published model
     if not own.is_file():
@@ -367,3 +422,44 @@ def load(path: str, name: str, device: str | torch.device | None = None, dtype: 
     settings = json.loads(own.read_text())
     generation = {task: Generation(**values) for task, values in settings["generation"].items()}
     return JanusPro(network, tokenizer, processor, name, source, settings["system"], generation)
+
+
+def _tokenizer(path: str, original: bool) -> Any:
+    """The published tokenizer; it writes BOS first."""
+    if original and reach(path, "tokenizer.json"):
+        # Literally: the class that the original repositories name is a Llama's, which since transformers 5 cuts words its own way.
+        tokenizer = part(path, "tokenizer.json", lambda: PreTrainedTokenizerFast.from_pretrained(path))
+    else:
+        tokenizer = load_tokenizer(path)
+    bos = tokenizer.convert_tokens_to_ids(BOS)
+    if tokenizer("a")["input_ids"][:1] != [bos]:
+        tokenizer.bos_token = BOS
+        tokenizer.add_bos_token = True
+    return tokenizer
+
+
+def _original(
+    path: str, config: dict[str, Any], tokenizer: Any, name: str, device: str | torch.device | None, dtype: torch.dtype | None
+) -> JanusForConditionalGeneration:
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    translated = configuration(config, tokenizer.convert_tokens_to_ids(IMAGE))
+    network = empty(lambda: JanusForConditionalGeneration(translated))
+    fill(network, tensors_of(weight_files(path)), KEYS, device, dtype, name)
+    return network
+
+
+def _original_processor(path: str) -> ImageProcessor:
+    """Of the original preprocessor_config.json, which gives the side of the square as one number."""
+    given = read_json(path, "preprocessor_config.json")
+    try:
+        size = given["image_size"]
+        return ImageProcessor(
+            size={"height": size, "width": size},
+            min_size=given["min_size"],
+            image_mean=given["image_mean"],
+            image_std=given["image_std"],
+            do_normalize=given.get("do_normalize", True),
+        )
+    except KeyError as error:
+        raise ValueError(f"preprocessor_config.json of {path!r} has no entry {error}") from None

@@ -7,7 +7,7 @@
 | `hf:ORG/NAME`, `hf:FOLDER` | any `transformers` causal language model or image-text-to-text model |
 | `smollm2-135m-q4` | SmolLM2-135M from the quantised file of a PyPI package |
 
-A family is found by the `model_type` of its configuration. Families and loaders are named as "module:function" and imported when they
+A family is found by what its published config.json says. Families and loaders are named as "module:function" and imported when they
 are used, so that listing costs nothing.
 """
 
@@ -45,7 +45,23 @@ class Entry:
     where: str = ""
 
 
-_JANUS = "unisonde.models.janus_pro:load"
+FAMILIES: dict[str, str] = {
+    "janus-pro": "unisonde.models.janus_pro:load",
+    "janusflow": "unisonde.models.janusflow:load",
+    "showo": "unisonde.models.showo:load",
+    "showo2": "unisonde.models.showo2:load",
+}
+"""The unified families and their loaders."""
+
+_BOTH: tuple[Task, ...] = ("text", "image")
+
+
+def _published(name: str, family: str, summary: str, licence: str) -> Entry:
+    """A unified model of the hub, under its hub id."""
+    return Entry(name, family, summary + "; from the hub", _BOTH, licence, FAMILIES[family], name)
+
+
+_DEEPSEEK, _SHOWO = "DeepSeek Model License", "see the model card (code: Apache-2.0)"
 
 MODELS: dict[str, Entry] = {
     entry.name: entry
@@ -56,27 +72,21 @@ MODELS: dict[str, Entry] = {
             "Janus-Pro, 3 million parameters, trained on Tabletop; ships with the package",
             ("text", "image"),
             "as unisonde",
-            _JANUS,
+            FAMILIES["janus-pro"],
             "twins/janus-pro",
         ),
-        Entry(
-            "deepseek-community/Janus-Pro-1B",
-            "janus-pro",
-            "Janus-Pro, 2.1 billion parameters; from the hub",
-            ("text", "image"),
-            "DeepSeek Model License",
-            _JANUS,
-            "deepseek-community/Janus-Pro-1B",
-        ),
-        Entry(
-            "deepseek-community/Janus-Pro-7B",
-            "janus-pro",
-            "Janus-Pro, 7.4 billion parameters; from the hub",
-            ("text", "image"),
-            "DeepSeek Model License",
-            _JANUS,
-            "deepseek-community/Janus-Pro-7B",
-        ),
+        _published("deepseek-community/Janus-Pro-1B", "janus-pro", "Janus-Pro, 2.1 billion parameters", _DEEPSEEK),
+        _published("deepseek-community/Janus-Pro-7B", "janus-pro", "Janus-Pro, 7.4 billion parameters", _DEEPSEEK),
+        _published("deepseek-ai/Janus-Pro-1B", "janus-pro", "the same in its original format", _DEEPSEEK),
+        _published("deepseek-ai/Janus-Pro-7B", "janus-pro", "the same in its original format", _DEEPSEEK),
+        _published("deepseek-ai/JanusFlow-1.3B", "janusflow", "JanusFlow, 2.0 billion parameters and the SDXL VAE", _DEEPSEEK),
+        _published("showlab/show-o", "showo", "Show-o, 256 pixels, 1.4 billion parameters and MAGVIT-v2", _SHOWO),
+        _published("showlab/show-o-512x512", "showo", "Show-o, 512 pixels", _SHOWO),
+        _published("showlab/show-o-w-clip-vit", "showo", "Show-o, 256 pixels, reads pictures with CLIP", _SHOWO),
+        _published("showlab/show-o-w-clip-vit-512x512", "showo", "Show-o, 512 pixels, reads pictures with CLIP", _SHOWO),
+        _published("showlab/show-o2-1.5B", "showo2", "Show-o2, 2.8 billion parameters and the Wan VAE", _SHOWO),
+        _published("showlab/show-o2-1.5B-HQ", "showo2", "the same for larger pictures", _SHOWO),
+        _published("showlab/show-o2-7B", "showo2", "Show-o2, 8.9 billion parameters and the Wan VAE", _SHOWO),
         Entry(
             "smollm2-135m-q4",
             "causal-lm",
@@ -87,9 +97,6 @@ MODELS: dict[str, Entry] = {
         ),
     )
 }
-
-FAMILIES: dict[str, str] = {"janus": _JANUS}
-"""`model_type` of a configuration -> the loader of its family."""
 
 GENERAL = "hf:"
 """What the name of any other `transformers` model begins with."""
@@ -123,13 +130,25 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Model:
         where = name
     else:
         raise ValueError(_unknown(name))
-    kind = _model_type(where)
-    if kind not in FAMILIES:
+    config = _config(where)
+    family = family_of(config)
+    if family is None:
+        kind = config.get("model_type") or config.get("_class_name")
         raise ValueError(
             f"{name} is a model of type {kind!r}, which is no known unified family ({', '.join(FAMILIES)}); "
             f"to probe it as a language model, name it {GENERAL}{name}"
         )
-    return _loader(FAMILIES[kind])(where, name, device=device, dtype=dtype)
+    return _loader(FAMILIES[family])(where, name, device=device, dtype=dtype)
+
+
+def family_of(config: dict[str, Any]) -> str | None:
+    """The unified family that a published config.json belongs to, None if to none."""
+    kind, made_by = config.get("model_type"), config.get("_class_name")
+    if kind == "janus":
+        return "janus-pro"
+    if kind == "multi_modality":  # the original Janus repositories all say this; they differ in how they draw
+        return "janusflow" if "vision_gen_dec_config" in config else "janus-pro"
+    return {"Showo": "showo", "Showo2Qwen2_5": "showo2"}.get(str(made_by))
 
 
 def packaged(folder: str) -> Path:
@@ -148,17 +167,19 @@ def _general(where: str, name: str, device: Any, dtype: Any) -> Model:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT
 
     where = str(Path(where).expanduser()) if Path(where).expanduser().is_dir() else where
-    module = "image_text" if _model_type(where) in IMAGE_TEXT else "causal_lm"
+    module = "image_text" if _config(where).get("model_type") in IMAGE_TEXT else "causal_lm"
     return _loader(f"unisonde.models.{module}:load")(where, name, device=device, dtype=dtype)
 
 
-def _model_type(where: str) -> str:
-    """The `model_type` of a folder or hub id."""
-    from transformers import AutoConfig
+def _config(where: str) -> dict[str, Any]:
+    """The config.json of a folder or hub id.
 
-    from unisonde.models.parts.pretrained import part
+    Raises:
+        ValueError: there is none, or it is no JSON object.
+    """
+    from unisonde.models.parts.pretrained import read_json
 
-    return part(where, "config.json", lambda: AutoConfig.from_pretrained(where, trust_remote_code=False)).model_type
+    return read_json(where, "config.json")
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -6,6 +6,7 @@ the network: `transformers` fills gaps with random numbers and a warning, here a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,6 +108,24 @@ def reach(path: str, *files: str) -> Path | None:
         if found:
             return Path(found)
     return None
+
+
+def read_json(path: str, file: str) -> dict[str, Any]:
+    """A JSON file of a folder or hub id.
+
+    Raises:
+        ValueError: it is not there, or it holds no JSON object.
+    """
+    found = reach(path, file)
+    if found is None:
+        raise ValueError(_absent(path, file))
+    try:
+        held = json.loads(found.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} of {path!r} is no JSON ({error}); download it again") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{file} of {path!r} holds no JSON object; download it again")
+    return held
 
 
 def _absent(path: str, file: str) -> str:

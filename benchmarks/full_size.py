@@ -1,0 +1,120 @@
+"""A published size run for real, on the CPU, with random weights: `python benchmarks/full_size.py showo [--steps 4] [--tokens 8]`.
+
+Random bfloat16 weights in place of a download, one item a task, few sampling steps: says how long a probe takes and how much memory it
+needs at its peak. Words come from a stand-in tokenizer of bytes with as many tokens as the published one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+import unisonde
+from unisonde.data.item import Item, Task
+from unisonde.models.base import Model
+from unisonde.models.parts.checkpoint import empty
+
+ITEMS: dict[Task, list[Item]] = {
+    "image": [Item("drawing", "composition", "a red circle above a blue square on a wooden table by the window")],
+    "text": [
+        Item(
+            "question",
+            "attribute",
+            "What is in the middle of the picture?",
+            Image.effect_mandelbrot((320, 240), (-2, -1, 1, 1), 50),
+        )
+    ],
+}
+
+
+def stand_in(size: int, end: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes with `size` tokens, most of which are never used."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = [*letters, end, *(f"<unused{k}>" for k in range(size - len(letters) - 1))]
+    core = Tokenizer(models.BPE(vocab={token: k for k, token in enumerate(vocabulary)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end)
+
+
+@torch.no_grad()
+def random_weights(network: nn.Module, dtype: torch.dtype, seed: int = 0) -> None:
+    """Fill a module of `empty` with small random numbers, norms with ones, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in list(network.named_parameters()):
+        parent, _, leaf = name.rpartition(".")
+        value = torch.zeros(parameter.shape, dtype=dtype)
+        if value.ndim > 1:
+            value.normal_(std=0.02, generator=generator)
+        elif leaf == "weight":
+            value.fill_(1.0)
+        setattr(network.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def showo(dtype: torch.dtype) -> Model:
+    """`showlab/show-o`: 256 x 256 pictures, no CLIP."""
+    from unisonde.models.parts.magvit2 import Magvit2, Magvit2Config
+    from unisonde.models.parts.showo_network import Showo, full_size
+    from unisonde.models.showo import ShowO
+
+    config = full_size()
+    network, codes = empty(lambda: Showo(config)), empty(lambda: Magvit2(Magvit2Config()))
+    random_weights(network, dtype)
+    random_weights(codes, torch.float32)
+    return ShowO(network, codes, stand_in(config.llm_vocab_size), "showo (random weights)")
+
+
+FAMILIES: dict[str, Callable[[torch.dtype], Model]] = {"showo": showo}
+
+
+def peak() -> float:
+    """The most memory this process has held, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What `work` gives, and its seconds by the clock and of the processors."""
+    start, processors = time.monotonic(), time.process_time()
+    result = work()
+    return result, {
+        "seconds": round(time.monotonic() - start, 1),
+        "processor_seconds": round(time.process_time() - processors, 1),
+        "peak_gb": round(peak(), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=8)
+    options = parser.parse_args()
+    model, built = timed(lambda: FAMILIES[options.family](torch.bfloat16))
+    parameters = model.identity()["parameters"]
+    print(json.dumps({"family": options.family, "parameters": parameters, "threads": torch.get_num_threads()} | built), flush=True)
+    given = {"steps": options.steps, "tokens": options.tokens}
+    with tempfile.TemporaryDirectory() as folder:
+        for task, items in ITEMS.items():
+            settings = {k: v for k, v in given.items() if getattr(model.defaults(task), k) is not None}
+            ask = partial(unisonde.probe, model, items, task, Path(folder) / task, generation=settings, progress=False)
+            run, effort = timed(ask)
+            rows = run.measurements()
+            found = {"task": task, "rows": len(rows), "layers": rows["layer"].n_unique(), "settings": settings}
+            print(json.dumps(found | effort), flush=True)
+
+
+if __name__ == "__main__":
+    main()
