@@ -96,6 +96,7 @@ def probe(
     # Every model is opened once to know what it is before anything is measured; the first stays loaded for its chunks.
     identities: list[dict[str, Any]] = []
     settings_of: dict[str, Any] = {}
+    names_of: dict[str, set[str]] = {}
     chunks: list[Chunk] = []
     for number in reversed(range(len(wanted))):
         model = model_of(number)
@@ -104,9 +105,10 @@ def probe(
         if not own:
             model.check_task(tasks[0])
         generations = {t: _settings(model, t, generation or {}) for t in own}
+        names_of[model.name] = {name for t in model.tasks for name, v in model.defaults(t).to_dict().items() if v is not None}
         settings_of[model.name] = {t: g.to_dict() | {"digest": g.digest()} for t, g in generations.items()}
         chunks = [c for t in own for c in chunks_of(number, t, items[t], generations[t], batch_size)] + chunks
-    _check_used(generation or {}, settings_of)
+    _check_used(generation or {}, names_of)
     names = [identity["name"] for identity in identities]
     if len(set(names)) != len(names):
         raise ValueError(f"a model is named twice: {', '.join(names)}")
@@ -189,12 +191,11 @@ def _settings(model: Model, task: Task, overrides: dict[str, Any]) -> Generation
     return replace(published, **fitting)
 
 
-def _check_used(overrides: dict[str, Any], settings_of: dict[str, dict[str, Any]]) -> None:
-    """Refuse a sampling setting that nothing in this run has: it would be ignored without a word."""
+def _check_used(overrides: dict[str, Any], names_of: dict[str, set[str]]) -> None:
+    """Refuse a sampling setting that no model of this run has for any task: it would be ignored without a word."""
     for name, value in overrides.items():
-        if value is not None and not any(s[name] is not None for tasks in settings_of.values() for s in tasks.values()):
-            tasks = " or ".join(dict.fromkeys(t for tasks in settings_of.values() for t in tasks))
-            raise ValueError(f"none of {', '.join(settings_of)} has the sampling setting {name} for {tasks}; leave it out")
+        if value is not None and not any(name in names for names in names_of.values()):
+            raise ValueError(f"none of {', '.join(names_of)} has the sampling setting {name}; leave it out")
 
 
 def _session(device: torch.device) -> dict[str, Any]:
