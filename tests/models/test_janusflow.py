@@ -403,22 +403,31 @@ def test_a_missing_file_is_named(hub, tmp_path, gone, said) -> None:
         unisonde.load(folder)
 
 
-def test_an_autoencoder_with_old_names_loads(hub, tmp_path) -> None:
+def test_an_autoencoder_with_attention_loads_under_old_and_new_names(hub, tmp_path) -> None:
+    """As the published one has it, which halves the grid as well."""
     folder = shutil.copytree(hub, tmp_path / "copy")
-    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    raw = json.loads((folder / "vae" / "config.json").read_text()) | {"mid_block_add_attention": True}
-    (folder / "vae" / "config.json").write_text(json.dumps(raw))
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+    )
+    autoencoder.save_config(folder / "vae")
     old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
-    weights = AutoencoderKL.from_config(raw).state_dict()
+    weights = autoencoder.state_dict()
     renamed = {}
-    for key, tensor in weights.items():
+    for name, tensor in weights.items():
+        key = name
         for ours, theirs in old.items():
             key = key.replace(ours, theirs)
         renamed[key] = tensor
     assert sum("proj_attn" in key for key in renamed) == 4
-    save_file(renamed, file)
-    loaded = unisonde.load(folder).autoencoder.state_dict()
-    assert all(torch.equal(loaded[key], tensor.float()) for key, tensor in weights.items())
+    for held in (weights, renamed):
+        save_file(held, folder / "vae" / "diffusion_pytorch_model.safetensors")
+        loaded = unisonde.load(folder)
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in loaded.autoencoder.state_dict().items())
+    assert loaded.latent == (4, 16, 16) and loaded.patches == 16
+    assert loaded.generate("a cube", "image", steps=1).size == (32, 32)
 
 
 def test_a_tokenizer_without_the_special_tokens_is_refused(model) -> None:

@@ -321,7 +321,7 @@ def test_teacher_forcing_gives_the_states_of_writing(model, items) -> None:
 def test_a_picture_is_read_both_ways_and_not_by_what_stands_before(model) -> None:
     """A change in the last token's square of latents reaches all of the picture, the mark after it, and no position before it."""
     prompt = model.encode(QUESTIONS[0], "text")
-    latents = normals([1], (16, 8, 8))
+    latents = normals([1], (24, 8, 8))
     other = latents.clone()
     other[..., -2:, -2:] += 1
     with torch.inference_mode():

@@ -159,7 +159,11 @@ def test_what_is_missing_is_named(tmp_path) -> None:
         load(str(here), "tiny")
 
 
-def test_a_twin_comes_back_from_its_folder(tmp_path) -> None:
+def test_a_twin_comes_back_from_its_folder(tmp_path, monkeypatch) -> None:
+    def no_hub(*args, **kwargs):
+        raise AssertionError("all that a twin needs is in its folder")
+
+    monkeypatch.setattr("unisonde.models.parts.pretrained.cached_file", no_hub)
     model = new_twin(0)
     export(model, tmp_path / "twin", {"seed": 0})
     again = load(str(tmp_path / "twin"), "twin/showo")

@@ -90,7 +90,7 @@ def test_the_image_tokenizer_trains_on_crowds(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_sixteen_items_by_heart(tmp_path) -> None:
+def test_sixteen_items_by_heart(tmp_path, one_thread) -> None:
     model = new_twin(0)
     count = sum(p.numel() for p in model.network.parameters()) + sum(p.numel() for p in model.image_codes.parameters())
     assert 1e6 < count < 4e6

@@ -467,9 +467,10 @@ def load(path: str, name: str, device: str | torch.device | None = None, dtype: 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     raw = read_json(path, "config.json")
-    language = _named(path, raw.get("llm_model_path") or TEXT, TEXT)
+    own_words = reach(path, *VOCABULARIES) is not None
+    language = path if own_words and "llm" in raw else _named(path, raw.get("llm_model_path") or TEXT, TEXT)
     config = part(path, "config.json", lambda: ShowoConfig.of(raw, _phi(raw, language)))
-    tokenizer = load_tokenizer(path if reach(path, *VOCABULARIES) else language)
+    tokenizer = load_tokenizer(path if own_words else language)
     network = empty(lambda: Showo(config))
     fill(network, tensors_of(weight_files(path, *WEIGHTS)), keys_of(config), device, kind, name)
     codes = load_image_codes(_named(path, IMAGE_TOKENIZER), device)
@@ -510,4 +511,4 @@ def _named(path: str, *names: str) -> str:
         for folder in (Path(path) / last, Path(path).parent / last, Path(name)):
             if Path(path).is_dir() and (folder / "config.json").is_file():
                 return str(folder)
-    return next((name for name in names if reach(name, "config.json")), names[-1])
+    return next((name for name in names[:-1] if reach(name, "config.json")), names[-1])

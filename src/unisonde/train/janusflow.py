@@ -1,8 +1,8 @@
 """How a JanusFlow twin is made: an autoencoder of pictures first, then one Llama for drawing and writing together.
 
 Drawing is learnt by flow matching: at a random time t between noise z0 and a latent x, the network sees z = (1 - t) z0 + t x and
-is asked for x - z0. Times are logit-normal, as in the paper (arXiv 2411.07975, section 3.3). Some drawings are learnt without a prompt,
-masked as guidance masks it. Writing is learnt by cross-entropy of the response.
+is asked for x - z0. The paper draws times from a logit-normal distribution; here they lean towards noise, where there is nothing to go
+by but the prompt. Some drawings are learnt without one, masked as guidance masks it. Writing is learnt by cross-entropy of the response.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ GENERATION: dict[Task, Generation] = {
 EMPHASIS = 10.0
 KL_WEIGHT = 1e-6
 """Of the autoencoder's latents towards a standard normal, against the error of its pictures."""
+
+LEANING = 1.5
+"""Times are u ** LEANING, u uniform. With logit-normal times the prompt was hardly used after 240 steps: of the velocity at t = 0, 99% of the
+variance was left, against 37% after 120 steps so."""
 
 LOG_VARIANCE = -8.0
 """Of the latents at the start. From 0 the first hundreds of steps go into latents large enough to be heard above their own noise."""
@@ -214,7 +218,7 @@ def _drawing(
         Branches(prompts.ids[rows], prompts.mask[rows], prompts.lengths[rows]),
         latents,
         torch.randn(latents.shape, generator=generator),
-        torch.randn(count, generator=generator).sigmoid(),
+        torch.rand(count, generator=generator) ** LEANING,
     )
 
 

@@ -164,7 +164,7 @@ def twin(vocabulary: int) -> JanusFlowConfig:
         rms_norm_eps=1e-6,
     )
     vision = siglip.vision_config(width=96, layers=2, heads=4, image_size=32, patch_size=4)
-    return JanusFlowConfig(language, vision, UViTConfig(latent_channels=4, patch=4, channels=64, hidden=160))
+    return JanusFlowConfig(language, vision, UViTConfig(latent_channels=4, patch=4, channels=96, hidden=160))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- network
