@@ -56,8 +56,8 @@ KL_WEIGHT = 1e-6
 """Of the autoencoder's latents towards a standard normal, against the error of its pictures."""
 
 LEANING = 1.5
-"""Times are u ** LEANING, u uniform. With logit-normal times the prompt was hardly used after 240 steps: of the velocity at t = 0, 99% of the
-variance was left, against 37% after 120 steps so."""
+"""Times are u ** LEANING, u uniform. With logit-normal times the prompt was hardly used after 240 steps: of the velocity at t = 0,
+99% of the variance was left, against 37% after 120 steps so."""
 
 LOG_VARIANCE = -8.0
 """Of the latents at the start. From 0 the first hundreds of steps go into latents large enough to be heard above their own noise."""

@@ -66,20 +66,18 @@ def ignored(theirs: str) -> dict[str, str]:
 
 def vision_config(width: int, layers: int, heads: int, image_size: int, patch_size: int, **others: Any) -> SiglipVisionConfig:
     """The configuration of a tower: feed-forward of four times the width, exact GELU, norms at 1e-6, no pooling head."""
-    return SiglipVisionConfig(
-        **{
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-6,
-            "vision_use_head": False,
-        }
-        | others
-    )
+    settings: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "vision_use_head": False,
+    }
+    return SiglipVisionConfig(**settings | others)
 
 
 SIZES = ("width", "layers", "heads", "image_size", "patch_size")
