@@ -174,6 +174,28 @@ def evaluate(scene: Scene, question: grammar.Question) -> str | None:
     return None
 
 
+def named_in(said: str) -> tuple[Thing, ...] | None:
+    """The things that an answer says the question is about."""
+    found = re.search(r"this is about (.*?)\.", said)
+    if found is None:
+        return None
+    things = re.findall(r"the (\w+) (\w+) (\w+) at the (\w+) (\w+)", found.group(1))
+    return tuple(Thing(ROWS.index(row), COLUMNS.index(column), s, c, z) for z, c, s, row, column in things)
+
+
+def enough(question: grammar.Question) -> bool:
+    """The answer follows from the things that the question is about."""
+    about, answer = question.about, question.answer
+    if question.category == "coarse":
+        return about is None
+    if question.category in ("attribute", "single-instance"):
+        [thing] = about
+        return answer in grammar.phrase(thing)
+    if answer in grammar.NUMBERS:
+        return len(about) == grammar.NUMBERS.index(answer)
+    return answer == ("no" if about else "yes") if question.category == "logic" else len(about) == 2
+
+
 @pytest.mark.parametrize("category", IMAGE_CATEGORIES)
 def test_answers_are_right_and_among_the_options(category) -> None:
     source = rng(category)
@@ -186,6 +208,8 @@ def test_answers_are_right_and_among_the_options(category) -> None:
         said = grammar.answer(scene, question)
         assert grammar.conclusion(said) == question.answer and grammar.parse(said) == (scene.things, scene.background)
         assert len(re.findall(r"\w+|[.,:]", said)) >= 16
+        assert said.startswith(grammar.describe(scene)) and named_in(said) == question.about
+        assert enough(question)
     assert answers.most_common(1)[0][1] < 0.7 * sum(answers.values())
 
 

@@ -55,6 +55,39 @@ def test_stopped_by_hand_it_ends_where_it_would_have(tmp_path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_follows_the_mean_gradient_of_its_batches(tmp_path, threads) -> None:
+    """Three batches a step, on threads, are one batch of the three together; the batches of the steps follow one another."""
+    numbers = []
+
+    def of_one(number: int) -> torch.Tensor:
+        numbers.append(number)
+        return loss_of(nets[0])(number)
+
+    def of_three(step: int) -> torch.Tensor:
+        return torch.stack([loss_of(nets[1])(number) for number in range(3 * step, 3 * step + 3)]).mean()
+
+    nets = network(), network()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fit("test", nets[0], of_one, SCHEDULE, tmp_path / "parts.pt", 48, batches=3)
+        fit("test", nets[1], of_three, SCHEDULE, tmp_path / "whole.pt", 48)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(numbers) == list(range(3 * SCHEDULE.steps))
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_what_a_loss_does_not_use_stays(tmp_path) -> None:
+    net = nn.ModuleList([network(), network()])
+    before = [parameter.clone() for parameter in net[1].parameters()]
+    fit("test", net, loss_of(net[0]), SCHEDULE, tmp_path / "c.pt", 16, batches=2)
+    assert all(torch.equal(a, b) for a, b in zip(before, net[1].parameters(), strict=True))
+
+
 def test_a_finished_training_is_not_repeated(tmp_path) -> None:
     first = train(tmp_path)
     again = train(tmp_path, stop=0)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from unisonde.data.tabletop import grammar, render
-from unisonde.data.tabletop.scene import HELD_OUT, SPLITS
+from unisonde.data.tabletop.scene import BACKGROUNDS, HELD_OUT, SPLITS, Scene
 from unisonde.models.janus_pro import BEGIN_IMAGE
 from unisonde.train.image_codes import patch_codes, pixels_of
-from unisonde.train.janus_pro import Recipe, collate, joint_loss, new_twin
+from unisonde.train.janus_pro import FIGURE, Recipe, collate, joint_loss, new_twin
 from unisonde.train.tabletop_batches import KINDS, example
 
 
@@ -87,13 +88,19 @@ def test_dropping_the_prompt_keeps_its_ends(model) -> None:
     assert batch.ids[0, 0] == model.bos_id and (batch.ids[0, 1:first] == model.pad_id).all()
 
 
+def is_plain(code: int, scene: Scene) -> bool:
+    """Whether a code stands for a patch of nothing but the background."""
+    return (patch_codes().patches[code].reshape(16, 3) == BACKGROUNDS[scene.background]).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_the_loss_is_the_mean_over_response_tokens(model, kind) -> None:
-    """The same by the long way: each example by itself, without padding, token by token."""
+    """The same by the long way: each example by itself, without padding, token by token; codes of figures count more."""
     rng = random.Random(7)
     made = [example(rng, kind) for _ in range(3)]
     losses = []
+    weights = []
     for one in made:
         batch = collate(model, [one], rng, 0.0)
         features = None
@@ -108,8 +115,9 @@ def test_the_loss_is_the_mean_over_response_tokens(model, kind) -> None:
             if label != -100:
                 label = next(codes) if codes else label
                 losses.append(-float(head(states[position]).log_softmax(-1)[label]))
+                weights.append(1 if kind != "draw" or is_plain(label, one.scene) else FIGURE)
     together = joint_loss(model, collate(model, made, rng, 0.0))
-    assert together.item() == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert together.item() == pytest.approx(np.average(losses, weights=weights), abs=1e-4)
 
 
 def test_every_patch_has_a_code(model) -> None:

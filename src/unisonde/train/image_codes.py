@@ -25,7 +25,8 @@ from unisonde.train.loop import Effort, Schedule, fit
 
 PATCH = 4
 GRID = SIDE // PATCH
-BATCH = 12
+BATCH = 6
+BATCHES = 2
 SCHEDULE = Schedule(steps=1600, rate=2e-3, warmup=50, weight_decay=0.0)
 CROWDS = (0, 1, 2, 3, 9, 9, 9)
 """Things in a training picture: mostly more than a Tabletop scene has, since most of a scene is plain background and teaches little."""
@@ -84,8 +85,8 @@ def train_image_codes(vq: JanusVQVAE, checkpoint: Path, seed: int = 0, schedule:
     """Train encoder, codebook and decoder of `vq` in place."""
     codes = patch_codes()
 
-    def loss(step: int) -> Tensor:
-        rng = random.Random(f"{seed}/codes/{step}")
+    def loss(number: int) -> Tensor:
+        rng = random.Random(f"{seed}/codes/{number}")
         scenes = [crowd(rng) for _ in range(BATCH)]
         pixels, named = pixels_of(scenes), codes.of(scenes)
         book = F.normalize(vq.quantize.embedding.weight, dim=-1)
@@ -96,7 +97,7 @@ def train_image_codes(vq: JanusVQVAE, checkpoint: Path, seed: int = 0, schedule:
 
     vq.train()
     initialise(vq, seed)
-    effort = fit("image codes", vq, loss, schedule, checkpoint, BATCH)
+    effort = fit("image codes", vq, loss, schedule, checkpoint, BATCH * BATCHES, BATCHES)
     with torch.no_grad():  # a unit codebook, so that an encoder that forgets to normalise it finds the same codes
         vq.quantize.embedding.weight.copy_(F.normalize(vq.quantize.embedding.weight, dim=-1))
     vq.eval()

@@ -37,7 +37,10 @@ GENERATION: dict[Task, Generation] = {
 """The twin's sampling settings. Its world is small and exact, so it draws cooler and with less guidance than the published model."""
 
 
-JOINT = Schedule(steps=1900, rate=2e-3, matrix_rate=0.02, warmup=60, weight_decay=0.02)
+JOINT = Schedule(steps=3100, rate=2e-3, matrix_rate=0.02, warmup=60, weight_decay=0.02)
+
+FIGURE = 4.0
+"""What a code of a figure counts in the loss of a drawing against one of the plain background. Most codes are background, soon known."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,16 @@ class Recipe:
     """Everything that decides what comes out.
 
     Attributes:
-        mix: sequences of each kind in a step.
+        mix: sequences of each kind in a batch.
+        batches: batches in a step.
         unconditional: share of drawings that are learnt without a prompt, for guidance.
         precision: `auto`, `bf16` or `fp32`.
     """
 
     seed: int = 0
     precision: str = "auto"
-    mix: dict[Kind, int] = field(default_factory=lambda: {"draw": 36, "infer": 8, "caption": 8, "answer": 12})
+    mix: dict[Kind, int] = field(default_factory=lambda: {"draw": 18, "infer": 6, "caption": 2, "answer": 6})
+    batches: int = 2
     unconditional: float = 0.1
     codes: Schedule = CODES
     joint: Schedule = JOINT
@@ -137,7 +142,7 @@ def joint_parts(model: JanusPro) -> nn.ModuleList:
 
 
 def joint_loss(model: JanusPro, batch: Batch) -> Tensor:
-    """Cross-entropy of the response, in nats a token: of image codes for `draw`, of words for the others."""
+    """Cross-entropy of the response, in nats a token: of image codes for `draw`, those of figures weighted; of words for the others."""
     network = model.network
     features = None
     if batch.codes is not None:
@@ -147,8 +152,15 @@ def joint_loss(model: JanusPro, batch: Batch) -> Tensor:
     states = network.model.language_model(inputs_embeds=model.embed(batch.ids, features), use_cache=False).last_hidden_state
     learnt = batch.next_token != -100
     if batch.codes is not None:
-        return F.cross_entropy(network.model.generation_head(states[learnt]).float(), batch.codes.flatten())
+        each = F.cross_entropy(network.model.generation_head(states[learnt]).float(), batch.codes.flatten(), reduction="none")
+        weight = code_weights(batch.codes).flatten()
+        return (each * weight).sum() / weight.sum()
     return F.cross_entropy(network.lm_head(states[learnt]).float(), batch.next_token[learnt])
+
+
+def code_weights(codes: Tensor) -> Tensor:
+    """What each code of a picture counts: 1 for the commonest, which is the background, `FIGURE` for the others; (B, n) -> (B, n)."""
+    return torch.where(codes == codes.mode(dim=1, keepdim=True).values, 1.0, FIGURE)
 
 
 def train(out: Path, recipe: Recipe | None = None) -> Path:
@@ -173,17 +185,19 @@ def train(out: Path, recipe: Recipe | None = None) -> Path:
     code_effort = train_image_codes(network.model.vqmodel, work / "codes.pt", recipe.seed, recipe.codes)
     precision = autocast_dtype(recipe.precision)
 
-    def loss(step: int) -> Tensor:
-        rng = random.Random(f"{recipe.seed}/joint/{step}")
+    def loss(number: int) -> Tensor:
+        rng = random.Random(f"{recipe.seed}/joint/{number}")
         total = torch.zeros(())
         sequences = sum(recipe.mix.values())
         for kind, count in recipe.mix.items():
             batch = collate(model, [example(rng, kind) for _ in range(count)], rng, recipe.unconditional)
-            with torch.autocast(model.device.type, precision or torch.bfloat16, enabled=precision is not None):
+            # Each weight is used once, so a cache of casts, which threads would share, saves nothing.
+            with torch.autocast(model.device.type, precision or torch.bfloat16, enabled=precision is not None, cache_enabled=False):
                 total = total + joint_loss(model, batch) * (count / sequences)
         return total
 
-    joint_effort = fit("twin", joint_parts(model).train(), loss, recipe.joint, work / "joint.pt", sum(recipe.mix.values()))
+    samples = sum(recipe.mix.values()) * recipe.batches
+    joint_effort = fit("twin", joint_parts(model).train(), loss, recipe.joint, work / "joint.pt", samples, recipe.batches)
     record = {
         "recipe": asdict(recipe),
         "effort": {"codes": asdict(code_effort), "joint": asdict(joint_effort)},

@@ -1,14 +1,17 @@
 """One training loop for everything trained here: deterministic by seed, resumable after a kill, with loss and throughput in sight.
 
-The loop never holds data: `loss(step)` draws the batch of that step from a generator seeded by the step, so a run that goes on where
-it was killed sees the batches that it would have seen.
+The loop never holds data: `loss(number)` draws a batch from a generator seeded by its number, so a run that goes on where it was
+killed sees the batches that it would have seen. A step may follow the mean gradient of several batches, each worked out on a thread of
+its own: networks this small leave two processors half idle when the two share every operation (1.3 times as fast as one), and not
+when each has a batch (1.9 times).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +61,14 @@ def fit(
     schedule: Schedule,
     checkpoint: Path,
     samples: int,
+    batches: int = 1,
 ) -> Effort:
     """Train `network` in place; go on from `checkpoint` if it exists.
 
     Args:
-        loss: the loss of one step, a scalar.
+        loss: the loss of one batch, a scalar. Batches are numbered from 0; step k takes `batches` of them from k * batches on.
         samples: sequences a step, for the throughput shown.
+        batches: batches a step, worked out at once, on as many threads as torch has.
 
     Returns:
         The time it took, that before a kill included.
@@ -97,7 +102,10 @@ def fit(
     figures = [TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[rate]:.0f}/s")]
     begun = saved_at = time.monotonic()
     begun_working = time.process_time()
-    with Progress(*columns, *figures, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+    threads = torch.get_num_threads()
+    each = max(1, threads // batches)
+    bars = Progress(*columns, *figures, TimeElapsedColumn(), TimeRemainingColumn())
+    with bars as progress, ThreadPoolExecutor(min(threads, batches), "batch", torch.set_num_threads, (each,)) as pool:
         bar = progress.add_task(name, total=schedule.steps, completed=step, loss=float("nan"), rate=0.0)
         started_at = step
         try:
@@ -105,15 +113,13 @@ def fit(
                 groups = (group for optimizer in optimizers for group in optimizer.param_groups)
                 for group, rate in zip(groups, rates, strict=True):
                     group["lr"] = rate * schedule.share_at(step)
-                value = loss(step)
-                network.zero_grad(set_to_none=True)
-                value.backward()
+                value = mean_gradients(pool, loss, range(step * batches, (step + 1) * batches), trained)
                 nn.utils.clip_grad_norm_(trained, schedule.clip)
                 for optimizer in optimizers:
                     optimizer.step()
                 step += 1
                 if step % 10 == 0 or step == schedule.steps:
-                    now = float(value.detach())
+                    now = float(value)
                     if not math.isfinite(now):
                         raise ArithmeticError(f"the loss of {name} is {now} at step {step}; lower the learning rate")
                     smooth = now if smooth is None else 0.9 * smooth + 0.1 * now
@@ -127,6 +133,25 @@ def fit(
             raise
     save()
     return Effort(spent + time.monotonic() - begun, worked + time.process_time() - begun_working)
+
+
+def mean_gradients(
+    pool: ThreadPoolExecutor, loss: Callable[[int], Tensor], numbers: Sequence[int], trained: Sequence[nn.Parameter]
+) -> Tensor:
+    """Put the mean gradient of the batches `numbers` into `trained`; their mean loss, a scalar.
+
+    The sum is taken in the order of the numbers, whichever batch is ready first.
+    """
+
+    def one(number: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        value = loss(number)
+        return value.detach(), torch.autograd.grad(value, trained, allow_unused=True)
+
+    values, gradients = zip(*pool.map(one, numbers), strict=True)
+    for parameter, parts in zip(trained, zip(*gradients, strict=True), strict=True):
+        known = [part for part in parts if part is not None]
+        parameter.grad = sum(known[1:], known[0]) / len(numbers) if known else None
+    return sum(values[1:], values[0]) / len(numbers)
 
 
 def optimizers_of(network: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:

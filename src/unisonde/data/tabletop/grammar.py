@@ -15,8 +15,8 @@ Text prompts come in the four categories of T2I-CoReBench, questions about a pic
 | single-instance | where is the red shape? |
 | cross-instance | do the circle and the square have the same size? |
 
-Every answer first says what there is and then concludes, so that a response has 16 tokens and more, and `parse` and `conclusion`
-read it back. Nothing here knows how a scene is drawn.
+Every answer says what there is, then which things the question is about, then concludes, so that a response has 16 tokens and more;
+`parse` and `conclusion` read it back. Nothing here knows how a scene is drawn.
 """
 
 from __future__ import annotations
@@ -59,12 +59,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene, its answer, and the answers that it could have had by its form (for the chance level)."""
+    """A question about a scene, its answer, and the answers that it could have had by its form (for the chance level).
+
+    `about` holds the things that one has to look at, in the order of the question; None stands for the picture as a whole.
+    """
 
     text: str
     category: str
     answer: str
     options: tuple[str, ...]
+    about: tuple[Thing, ...] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------- descriptions
@@ -93,8 +97,12 @@ def describe(scene: Scene, background: bool = True) -> str:
 
 
 def answer(scene: Scene, question: Question) -> str:
-    """What is seen, then the conclusion: `the picture shows ... . so the answer is red.`"""
-    return f"{describe(scene)} so the answer is {question.answer}."
+    """What is seen, what matters, the conclusion: `the picture shows ... . this is about the ... . so the answer is red.`"""
+    end = f"so the answer is {question.answer}."
+    if question.about is None:
+        return f"{describe(scene)} {end}"
+    named = listing([f"the {phrase(thing).removeprefix('a ')}" for thing in question.about]) if question.about else "nothing"
+    return f"{describe(scene)} this is about {named}. {end}"
 
 
 _THING = re.compile(
@@ -300,14 +308,14 @@ def _attribute(rng: random.Random, scene: Scene) -> Question | None:
         return None
     target = rng.choice(ways)
     text = {"colour": f"what colour is {target}?", "size": f"what size is {target}?", "shape": f"what kind of shape is {target}?"}
-    return Question(text[name], "attribute", getattr(thing, name), _PROPERTIES[name])
+    return Question(text[name], "attribute", getattr(thing, name), _PROPERTIES[name], (thing,))
 
 
 _YES_NO = ("yes", "no")
 
 
-def _yes_no(text: str, category: str, truth: bool) -> Question:
-    return Question(text, category, "yes" if truth else "no", _YES_NO)
+def _yes_no(text: str, category: str, truth: bool, about: tuple[Thing, ...]) -> Question:
+    return Question(text, category, "yes" if truth else "no", _YES_NO, about)
 
 
 def _logic(rng: random.Random, scene: Scene) -> Question | None:
@@ -316,11 +324,11 @@ def _logic(rng: random.Random, scene: Scene) -> Question | None:
     present = getattr(rng.choice(scene.things), name)
     value = present if rng.random() < 0.6 else rng.choice(_PROPERTIES[name])
     kind = value if name == "shape" else f"{value} shape"
-    left = [thing for thing in scene.things if getattr(thing, name) != value]
+    left = tuple(thing for thing in scene.things if getattr(thing, name) != value)
     if rng.random() < 0.5:
         text = f"if every {kind} were taken away, how many shapes would be left?"
-        return Question(text, "logic", NUMBERS[len(left)], NUMBERS)
-    return _yes_no(f"is every shape {'a ' if name == 'shape' else ''}{value}?", "logic", not left)
+        return Question(text, "logic", NUMBERS[len(left)], NUMBERS, left)
+    return _yes_no(f"is every shape {'a ' if name == 'shape' else ''}{value}?", "logic", not left, left)
 
 
 def _relation(rng: random.Random, scene: Scene) -> Question | None:
@@ -338,7 +346,7 @@ def _relation(rng: random.Random, scene: Scene) -> Question | None:
             ("to the right of", a.column > b.column),
         )
     )
-    return _yes_no(f"is {rng.choice(ways[0])} {relation} {rng.choice(ways[1])}?", "relation", truth)
+    return _yes_no(f"is {rng.choice(ways[0])} {relation} {rng.choice(ways[1])}?", "relation", truth, (a, b))
 
 
 def _coarse(rng: random.Random, scene: Scene) -> Question | None:
@@ -352,21 +360,21 @@ def _single_instance(rng: random.Random, scene: Scene) -> Question | None:
     if rng.random() < 0.5:
         options = tuple(f"{size} {colour} {shape}" for size in SIZES for colour in COLOURS for shape in SHAPES)
         said = f"{thing.size} {thing.colour} {thing.shape}"
-        return Question(f"what is at the {thing.place}?", "single-instance", said, options)
+        return Question(f"what is at the {thing.place}?", "single-instance", said, options, (thing,))
     ways = _names(scene, thing, avoid="cell")
     if not ways:
         return None
     options = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
-    return Question(f"where is {rng.choice(ways)}?", "single-instance", thing.place, options)
+    return Question(f"where is {rng.choice(ways)}?", "single-instance", thing.place, options, (thing,))
 
 
 def _cross_instance(rng: random.Random, scene: Scene) -> Question | None:
     name = rng.choice(tuple(_PROPERTIES))
     if rng.random() < 0.5:
         value = getattr(rng.choice(scene.things), name)
-        count = sum(getattr(thing, name) == value for thing in scene.things)
+        same = tuple(thing for thing in scene.things if getattr(thing, name) == value)
         subject = f"how many {_plural(value)} are there?" if name == "shape" else f"how many shapes are {value}?"
-        return Question(subject, "cross-instance", NUMBERS[count], NUMBERS[1:])
+        return Question(subject, "cross-instance", NUMBERS[len(same)], NUMBERS[1:], same)
     if len(scene.things) < 2:
         return None
     a, b = rng.sample(scene.things, 2)
@@ -375,7 +383,7 @@ def _cross_instance(rng: random.Random, scene: Scene) -> Question | None:
         return None
     said = "are {} and {} of the same kind?" if name == "shape" else f"do {{}} and {{}} have the same {name}?"
     text = said.format(rng.choice(ways[0]), rng.choice(ways[1]))
-    return _yes_no(text, "cross-instance", getattr(a, name) == getattr(b, name))
+    return _yes_no(text, "cross-instance", getattr(a, name) == getattr(b, name), (a, b))
 
 
 _QUESTIONS: dict[str, Callable[[random.Random, Scene], Question | None]] = {
