@@ -1,7 +1,8 @@
-"""A published size run for real, on the CPU, with random weights: `python benchmarks/full_size.py showo [--steps 4] [--tokens 8]`.
+"""A published size run for real, on the CPU, with random weights: `python benchmarks/full_size.py NAME [--steps 4] [--tokens 8]`.
 
-Random bfloat16 weights in place of a download, one item a task, few sampling steps: says how long a probe takes and how much memory it
-needs at its peak. Words come from a stand-in tokenizer of bytes with as many tokens as the published one.
+`NAME` is `showo` or `harmon`. Random bfloat16 weights in place of a download, one item a task, few sampling steps: says how long a
+probe takes and how much memory it needs at its peak. Words come from a stand-in tokenizer of bytes with as many tokens as the
+published one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,15 @@ ITEMS: dict[Task, list[Item]] = {
 }
 
 
-def stand_in(size: int, end: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes with `size` tokens, most of which are never used."""
+def stand_in(size: int, end: str = "<|endoftext|>", marks: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes with `size` tokens, most of which are never used, among them the end and other marks."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = [*letters, end, *(f"<unused{k}>" for k in range(size - len(letters) - 1))]
+    special = [end, *(mark for mark in marks if mark != end)]
+    vocabulary = [*letters, *special, *(f"<unused{k}>" for k in range(size - len(letters) - len(special)))]
     core = Tokenizer(models.BPE(vocab={token: k for k, token in enumerate(vocabulary)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(special)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end)
 
 
@@ -77,7 +81,26 @@ def showo(dtype: torch.dtype) -> Model:
     return ShowO(network, codes, stand_in(config.llm_vocab_size), "showo (random weights)")
 
 
-FAMILIES: dict[str, Callable[[torch.dtype], Model]] = {"showo": showo}
+DIFFUSION_STEPS = 10
+"""Of Harmon's diffusion head for each token, in place of the published 100: at 1024 tokens it is most of the work."""
+
+
+def harmon(dtype: torch.dtype) -> Model:
+    """`wusize/Harmon-1_5B`: 512 x 512 pictures."""
+    from unisonde.models.harmon import END, SPECIAL_TOKENS, Harmon
+    from unisonde.models.parts import kl16
+    from unisonde.models.parts.harmon_network import SIZES, HarmonNetwork
+
+    full = SIZES["1.5B"]
+    config = replace(full, mar=replace(full.mar, num_sampling_steps=str(DIFFUSION_STEPS)))
+    network, vae = empty(lambda: HarmonNetwork(config)), kl16.build()
+    random_weights(network, dtype)
+    random_weights(vae, torch.float32)
+    network.llm.tie_weights()
+    return Harmon(network, vae, stand_in(config.llm.vocab_size, END, SPECIAL_TOKENS), "harmon (random weights)")
+
+
+FAMILIES: dict[str, Callable[[torch.dtype], Model]] = {"showo": showo, "harmon": harmon}
 
 
 def peak() -> float:

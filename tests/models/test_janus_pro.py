@@ -200,3 +200,20 @@ def test_a_model_may_write_the_placeholder_itself(model, monkeypatch) -> None:
     embedded = model.network.get_input_embeddings().weight[model.image_id]
     assert torch.equal(states[0, 0].select("response", reading), embedded.expand(3, -1))
     assert not torch.isclose(states[0, 0].select("prompt", reading, "image"), embedded).all()
+
+
+def test_a_user_may_write_the_placeholder(model) -> None:
+    """It stands for features where the template puts it; in the prompt's own text it is a word like any other."""
+    items = [
+        Item("a", "c", f"{IMAGE} is there a shape?", QUESTIONS[0].image),
+        QUESTIONS[1],
+        Item("b", "c", f"a red ring {IMAGE}"),
+    ]
+    together = model.respond(items, "text", WRITE)
+    assert [r.text for r in together] == [model.respond([item], "text", WRITE)[0].text for item in items]
+    states, _ = observed(model, items[:1], "text", WRITE)
+    steps = defaultdict(list)
+    with hooked(model.stacks[0], lambda layer, output: steps[layer].append(output[0])):
+        model.respond(items[:1], "text", WRITE, 5)
+    written = torch.cat(steps[3])
+    assert (states[0, 3].states[: len(written)] - written).abs().max() < 1e-5

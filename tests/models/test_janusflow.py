@@ -22,8 +22,9 @@ from unisonde.data.item import Item
 from unisonde.data.tabletop import question_item, text_item
 from unisonde.models import janusflow
 from unisonde.models.base import Generation, item_seed
-from unisonde.models.janusflow import BEGIN_IMAGE, BOS, END_IMAGE, IMAGE, SPECIAL_TOKENS, SYSTEM, JanusFlow, noise
+from unisonde.models.janusflow import BEGIN_IMAGE, BOS, END_IMAGE, IMAGE, SPECIAL_TOKENS, SYSTEM, JanusFlow
 from unisonde.models.parts.flow_llama import Flow, JanusFlowConfig, branches
+from unisonde.models.parts.sampling import normals
 from unisonde.models.parts.siglip import Pictures
 from unisonde.models.trace import LayerStates, Reading, Trace, hooked
 from unisonde.train.janusflow import export, new_twin, official_tensors, velocity_of
@@ -192,7 +193,7 @@ def test_recorded_steps_are_those_of_sampling(model) -> None:
     assert (states["0002", 0, 2].states - passes[2][4][0]).abs().max() > 1e-3
 
     prompts = [model.encode(item, "image", 65) for item in items]
-    start = noise([item_seed(5, item) for item in items], model.latent)
+    start = normals([item_seed(5, item) for item in items], model.latent)
     finished = model.draw(prompts, DRAW, start)
     flow = Flow(model.network, [p.ids for p in prompts], model.pad_id, 1.0)
     layers = {}
@@ -215,15 +216,23 @@ def test_only_what_the_reading_takes_is_recorded(model, step, recorded) -> None:
 
 
 @torch.inference_mode()
-def test_a_step_without_cache_has_the_same_states(model) -> None:
+def test_each_steps_input_run_again_without_a_cache(model, monkeypatch) -> None:
     """Prompt and picture in one pass, as the published loop does it: prompt states are the same at every time, and those of the cache."""
-    items = PROMPTS[:2]
+    items, velocity = PROMPTS[:2], Flow.velocity
+    entered: list[tuple[float, torch.Tensor]] = []
+
+    def recorded(self: Flow, z: torch.Tensor, time: float) -> torch.Tensor:
+        entered.append((time, z.clone()))
+        return velocity(self, z, time)
+
+    monkeypatch.setattr(Flow, "velocity", recorded)
     states, _ = observed(model, items, "image", DRAW)
     prompts = [model.encode(item, "image", 65) for item in items]
     longest = max(len(p.ids) for p in prompts)
-    z = noise([item_seed(5, item) for item in items], model.latent)
+    assert [time for time, _ in entered] == [0, 0.25, 0.5, 0.75, 1]
+    assert torch.equal(entered[0][1], normals([item_seed(5, item) for item in items], model.latent))
     alone = branches([p.ids for p in prompts], model.pad_id, guide=False)
-    for time, name in ((0.0, "0000"), (0.6, None)):
+    for (time, z), name in zip(entered, ("0000", "0001", "0002", "final", "clean"), strict=True):
         layers = {}
         with hooked(model.stacks[0], lambda layer, output, held=layers: held.__setitem__(layer, output.clone())):
             velocity_of(model.network, alone, z, torch.full((2,), time))
@@ -231,8 +240,7 @@ def test_a_step_without_cache_has_the_same_states(model) -> None:
             for item, prompt in enumerate(prompts):
                 seen = states["single", item, layer].states
                 assert (layers[layer][item, : len(prompt.ids)] - seen).abs().max() < 1e-5
-                if name:
-                    assert (layers[layer][item, longest:] - states[name, item, layer].states).abs().max() < 1e-5
+                assert (layers[layer][item, longest:] - states[name, item, layer].states).abs().max() < 1e-5
 
 
 def test_states_of_an_image_prompt_depend_on_the_picture(model) -> None:
@@ -273,7 +281,7 @@ def test_latents_equal_the_published_loop(model) -> None:
     """Written the long way: two rows, whole sequences with a mask, no cache, the velocity as w c - (w - 1) u."""
     item, network = PROMPTS[1], model.network
     ids = model.encode(item, "image", 65).ids
-    z0 = noise([7, 8], model.latent)
+    z0 = normals([7, 8], model.latent)
     ours = model.draw([model.encode(PROMPTS[0], "image", 65), model.encode(item, "image", 65)], DRAW, z0)[1:]
     rows = torch.tensor([ids, [ids[0]] + [model.pad_id] * (len(ids) - 1)])
     mask = torch.ones(2, len(ids) + 65, dtype=torch.int)
@@ -289,7 +297,7 @@ def test_latents_equal_the_published_loop(model) -> None:
 
 
 def test_guidance_of_one_is_the_conditional_branch(model) -> None:
-    prompts, z0 = [model.encode(PROMPTS[0], "image", 65)], noise([3], model.latent)
+    prompts, z0 = [model.encode(PROMPTS[0], "image", 65)], normals([3], model.latent)
     plain, almost = (model.draw(prompts, Generation(guidance=w, steps=3), z0) for w in (1.0, 1.0 + 1e-7))
     assert torch.allclose(plain, almost, atol=1e-4)
 
@@ -297,7 +305,7 @@ def test_guidance_of_one_is_the_conditional_branch(model) -> None:
 def test_seeds_are_the_items(model) -> None:
     images = [model.respond([PROMPTS[0]], "image", DRAW, seed)[0].image.tobytes() for seed in (0, 0, 1)]
     assert images[0] == images[1] != images[2]
-    assert torch.equal(noise([4, 9], (2, 2, 2))[1:], noise([9], (2, 2, 2)))
+    assert torch.equal(normals([4, 9], (2, 2, 2))[1:], normals([9], (2, 2, 2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loading
@@ -341,7 +349,16 @@ def test_a_folder_in_the_hubs_layout_loads(hub) -> None:
     assert bytes(loaded.tokenizer.decode(ids[1:]), "utf8") == "User: ein Würfel\n\nAssistant:".encode()
     assert loaded.generate("ein Würfel", "image", steps=2).size == (32, 32)
     assert isinstance(loaded.generate("what?", image=Image.new("RGB", (40, 20)), tokens=3), str)
-    assert set(loaded.identity()) >= {"weights", "parameters"} and "autoencoder" not in loaded.identity()
+    before = loaded.identity()
+    assert set(before) >= {"weights", "parameters"} and len(before["apart"]) == 1
+    with torch.no_grad():
+        loaded.autoencoder.decoder.conv_out.bias[0] += 1e-3
+    assert loaded.identity()["apart"] != before["apart"]
+
+
+def test_a_folder_with_files_is_not_written_over(model, hub) -> None:
+    with pytest.raises(ValueError, match="already holds files"):
+        export(model, hub, {})
 
 
 def test_weights_may_be_bfloat16_or_in_a_pickle_of_plain_tensors(hub, tmp_path) -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 import unisonde
+from unisonde.models.base import fingerprint
 from unisonde.models.registry import FAMILIES, MODELS, packaged
 from unisonde.train.janus_pro import GENERATION, export, new_twin
 
@@ -43,6 +44,19 @@ def test_another_weight_is_another_identity(folder, tmp_path) -> None:
     assert unisonde.load(other).identity()["weights"] != unisonde.load(folder).identity()["weights"]
 
 
+@pytest.mark.parametrize("file", ["Wan2.1_VAE.pth", "kl16.ckpt", "pytorch_model.bin", "vae/config.json"])
+def test_another_file_of_weights_is_another_fingerprint(tmp_path, file) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    seen = {fingerprint(tmp_path)}
+    for content in (b"one", b"two"):
+        (tmp_path / file).write_bytes(content)
+        seen.add(fingerprint(tmp_path))
+    assert len(seen) == 3
+    (tmp_path / "README.md").write_text("of no weight")
+    assert fingerprint(tmp_path) in seen
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_named_model_says_what_it_is(name) -> None:
     entry = MODELS[name]
@@ -76,3 +90,57 @@ def test_a_folder_of_another_family_is_told_how_to_go_on(tmp_path) -> None:
         unisonde.load(tmp_path)
     with pytest.raises(ValueError, match="no model is called"):
         unisonde.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop("lm_head.weight"), r"lack lm_head\.weight"),
+        (lambda w: w.update(stranger=w["lm_head.weight"].clone()), r"hold stranger, which JanusForConditionalGeneration has not"),
+        (
+            lambda w: w.update({"lm_head.weight": w["lm_head.weight"][:-1].clone()}),
+            r"lm_head\.weight .* is of shape \(\d+, 160\), where the network has",
+        ),
+    ],
+)
+def test_converted_weights_fill_the_network_exactly(folder, tmp_path, change, said) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    weights = load_file(other / "model.safetensors")
+    change(weights)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=said):
+        unisonde.load(other)
+
+
+@pytest.mark.parametrize(
+    ("files", "family"),
+    [
+        ({"config.json": {"model_type": "janus"}}, "janus-pro"),
+        ({"config.json": {"model_type": "multi_modality"}}, "janus-pro"),
+        ({"config.json": {"model_type": "multi_modality", "vision_gen_dec_config": {}}}, "janusflow"),
+        ({"config.json": {"_class_name": "Showo"}}, "showo"),
+        ({"config.json": {"_class_name": "Showo2Qwen2_5"}}, "showo2"),
+        ({"config.json": {"model_type": "harmon"}}, "harmon"),
+        ({"config.json": {"model_type": "emu3"}}, "emu3"),
+        ({"config.json": "no JSON", "llm_config.json": {}, "vit_config.json": {}}, "bagel"),
+        ({"model_index.json": {"_class_name": "OmniGen2Pipeline"}}, "omnigen2"),
+        ({"harmon_1.5b.pth": ""}, "harmon"),
+    ],
+)
+def test_a_family_is_told_by_its_files(tmp_path, files, family) -> None:
+    from unisonde.models.registry import _family_at
+
+    for file, held in files.items():
+        (tmp_path / file).write_text(held if isinstance(held, str) else json.dumps(held))
+    assert _family_at(str(tmp_path)) == family
+
+
+def test_a_folder_of_another_kind_of_model_says_so(tmp_path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match="type 'FluxPipeline', which is no known unified family"):
+        unisonde.load(tmp_path)

@@ -16,7 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from unisonde.data.item import Item
 from unisonde.data.tabletop import question_item, text_item
 from unisonde.models.base import Generation, item_seed
-from unisonde.models.parts.magvit2 import Magvit2, Magvit2Config, to_pixels
+from unisonde.models.parts.magvit2 import Magvit2, Magvit2Config
 from unisonde.models.parts.sampling import draw, uniforms
 from unisonde.models.parts.showo_network import MARKS, PhiSizes, Showo, ShowoConfig, full_size, keys_of, visibility
 from unisonde.models.showo import SYSTEM, Clip, ShowO
@@ -38,7 +38,7 @@ def model() -> ShowO:
 
 @pytest.fixture(scope="module")
 def clip_model() -> ShowO:
-    """A tiny variant with CLIP: 9 features of 28-pixel pictures."""
+    """A tiny variant with CLIP: 9 features of pictures of 42 x 42."""
     llm = PhiSizes(32, 64, 3, 4, max_position_embeddings=512)
     tokenizer = byte_tokenizer()
     config = ShowoConfig(True, len(tokenizer) + len(MARKS) + 16 + 1, len(tokenizer), 16, 4, llm=llm, clip_width=32)
@@ -317,6 +317,14 @@ def test_a_picture_is_seen_from_everywhere_and_sees_no_question(model) -> None:
     assert (first[:67] - worded[:67]).abs().max() < 1e-5
 
 
+def test_all_networks_count_as_its_parameters(model, clip_model) -> None:
+    for made, parts in (
+        (model, [model.network, model.image_codes]),
+        (clip_model, [clip_model.network, clip_model.image_codes, clip_model.clip.network]),
+    ):
+        assert made.identity()["parameters"] == sum(p.numel() for part in parts for p in part.parameters())
+
+
 def test_with_clip_only_the_features_are_seen_from_everywhere(clip_model) -> None:
     item = Item("a", "c", "what is it?", Image.new("RGB", (60, 50), "red"))
     states, [response] = observed(clip_model, [item], "text", WRITE)
@@ -435,11 +443,3 @@ def test_the_image_tokenizer_covers_its_manifest(shared) -> None:
     ours = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     assert ours == manifest(shared / "manifests" / "showo_magvitv2.keys.txt")
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(95.4, abs=0.05)
-
-
-def test_pictures_are_resized_and_cropped_in_the_middle() -> None:
-    picture = Image.new("RGB", (64, 32), "black")
-    picture.paste((255, 0, 0), (16, 0, 48, 32))
-    pixels = to_pixels(picture, 32)
-    assert pixels.shape == (3, 32, 32) and pixels[0].min() == 1 and pixels[1:].max() == -1
-    assert to_pixels(Image.new("RGB", (100, 70), "white"), 32).shape == (3, 32, 32)

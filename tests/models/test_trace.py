@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unisonde.models.trace import LayerStates, Reading, Row, Span, Stack, Trace, first_tensor, hooked
+from unisonde.models.trace import LayerStates, Reading, Row, Span, Stack, Trace, first_tensor, hooked, recorded, step_name
 
 WIDTH, CODES, MASK, STEPS = 8, 6, 20, 4
 
@@ -356,3 +356,18 @@ def test_the_tensor_of_an_output() -> None:
     for output in (None, 3, (), {"a": None}):
         with pytest.raises(TypeError, match="holds no tensor"):
             first_tensor(output)
+
+
+def test_names_of_steps() -> None:
+    assert [step_name(step, 3) for step in range(3)] == ["0000", "0001", "final"] and step_name(0, 1) == "final"
+
+
+def test_a_pass_without_a_trace_is_run_all_the_same() -> None:
+    body = Body()
+    stack, states, seen = Stack("llm", tuple(body.layers), body.norm), torch.randn(1, 4, WIDTH), []
+    rows = [Row(0, (Span(0, 4, "prompt", "text"),))]
+    with recorded(None, stack, rows):
+        body(states)
+    with recorded(Trace(seen.append), stack, rows, "final"):
+        body(states)
+    assert [s.step for s in seen] == ["final"] * (stack.depth + 2)

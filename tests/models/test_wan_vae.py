@@ -121,7 +121,18 @@ def test_an_autoencoder_that_is_not_there(tmp_path) -> None:
         wan_vae.load(str(tmp_path), "cpu", "tiny")
 
 
-def test_a_file_with_an_unknown_key(small, tmp_path, monkeypatch) -> None:
-    torch.save({"encoder.conv9.weight": torch.zeros(1)}, tmp_path / wan_vae.FILE)
-    with pytest.raises(ValueError, match=r"tiny \(autoencoder\) lacks .*"):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.update({"encoder.conv9.weight": torch.zeros(1)}), r"tiny \(autoencoder\) has unknown encoder\.conv9\.weight"),
+        (lambda w: w.pop("quant_conv.bias"), r"tiny \(autoencoder\) lacks quant_conv\.bias"),
+    ],
+)
+def test_a_file_that_is_not_this_autoencoders(small, tmp_path, change, said) -> None:
+    (tmp_path / "vae").mkdir()
+    small.save_config(tmp_path / "vae")
+    weights = small.state_dict()
+    change(weights)
+    save_file(weights, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=said):
         wan_vae.load(str(tmp_path), "cpu", "tiny")

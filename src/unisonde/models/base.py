@@ -92,6 +92,11 @@ class Model(ABC):
         """The network itself."""
 
     @property
+    def networks(self) -> tuple[torch.nn.Module, ...]:
+        """All networks that it runs: `module`, and what is published apart from it (an autoencoder, a vision tower)."""
+        return (self.module,)
+
+    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
@@ -161,10 +166,27 @@ class Model(ABC):
         return {
             "name": self.name,
             "family": self.family,
-            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "parameters": sum(p.numel() for network in self.networks for p in network.parameters()),
             "dtype": str(next(self.module.parameters()).dtype).removeprefix("torch."),
             "weights": fingerprint(self.source) if self.source else None,
-        }
+        } | ({"apart": [sample(network) for network in self.networks[1:]]} if len(self.networks) > 1 else {})
+
+
+def sample(network: torch.nn.Module) -> str:
+    """A short hash of a network's weights: every name and shape, and 64 numbers of each tensor, spread evenly over it.
+
+    For what is published apart from the model: its files may be anywhere.
+    """
+    h = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        flat = tensor.detach().flatten()
+        few = flat[torch.linspace(0, max(0, len(flat) - 1), min(64, len(flat))).long().to(flat.device)]
+        h.update(f"{name} {tuple(tensor.shape)}\n".encode() + few.double().cpu().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+FINGERPRINTED = (".json", ".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".model", ".jinja", ".gguf")
+"""Names of weight and configuration files end so."""
 
 
 def fingerprint(folder: Path) -> str:
@@ -175,7 +197,7 @@ def fingerprint(folder: Path) -> str:
     """
     block = 1 << 16
     h = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja", ".gguf")):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in FINGERPRINTED):
         size = path.stat().st_size
         h.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:

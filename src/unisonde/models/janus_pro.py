@@ -14,8 +14,6 @@ token's, which sampling never computes. Guidance: the conditional branch is read
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,23 +35,17 @@ from unisonde.data.item import Item, Task
 from unisonde.models.base import Generation, Model, Response, item_seed
 from unisonde.models.parts.checkpoint import empty, fill, tensors_of, weight_files
 from unisonde.models.parts.janus_keys import KEYS, ORIGINAL, configuration
-from unisonde.models.parts.pretrained import load_network, load_tokenizer, part, reach, read_json, source_of
+from unisonde.models.parts.janus_marks import BEGIN_IMAGE, BOS, END_IMAGE, EOS, IMAGE, PAD, SYSTEM
+from unisonde.models.parts.pictures import to_pictures
+from unisonde.models.parts.pretrained import load_network, load_tokenizer, own_settings, part, reach, read_json, settled, source_of
+from unisonde.models.parts.prompts import check_marks, check_prompt, check_words, picture_places
 from unisonde.models.parts.sampling import draw, guided, uniforms
 from unisonde.models.parts.segments import Segment, content, encode, spans_of, template
-from unisonde.models.parts.text import cut_to_window, pad, write_text
+from unisonde.models.parts.text import Written, cut_to_window, pad, write_text
 from unisonde.models.trace import Row, Span, Stack, Trace
 
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-BEGIN_IMAGE, END_IMAGE, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, BEGIN_IMAGE, END_IMAGE, IMAGE, USER, ASSISTANT)
-
-SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-)
-"""The published system prompt of understanding. Image generation has none, and the twin was trained without one."""
-
 
 SIZES = {"1B": (2048, 5632, 24, 16), "7B": (4096, 11008, 30, 32)}
 """The published sizes, as `full_size` takes them."""
@@ -172,9 +164,7 @@ class JanusPro(Model):
             "image": Generation(temperature=1.0, guidance=5.0),
         }
         self._defaults |= generation or {}
-        unknown = [t for t in SPECIAL_TOKENS if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)]
-        if unknown:
-            raise ValueError(f"the tokenizer of {name} lacks {', '.join(unknown)}: it is not Janus-Pro's")
+        check_marks(tokenizer, SPECIAL_TOKENS, name, "Janus-Pro")
         self.pad_id, self.bos_id, self.eos_id = (tokenizer.convert_tokens_to_ids(t) for t in (PAD, BOS, EOS))
         self.image_id = network.config.image_token_id
 
@@ -227,19 +217,9 @@ class JanusPro(Model):
         Raises:
             ValueError: the prompt is empty, has words that the tokenizer does not know, or is longer than the window.
         """
-        if task == "image" and item.image is not None:
-            raise ValueError(f"item {item.id!r} has an image prompt; {self.name} draws from text prompts alone")
-        if not item.prompt.strip() and item.image is None:
-            raise ValueError(f"item {item.id!r} has an empty prompt")
+        check_prompt(item, task, self.name)
         ids, spans = encode(self.tokenizer, self.segments(item, task))
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in ids:
-            words = sorted(
-                {w for w in re.findall(r"\w+|[^\w\s]", item.prompt) if self.tokenizer.convert_tokens_to_ids(w.lower()) == unknown}
-            )
-            raise ValueError(
-                f"{self.name} does not know the words {', '.join(words[:8])} of item {item.id!r}; it was trained on few"
-            )
+        check_words(self.tokenizer, ids, item, self.name)
         ids, spans, flags = cut_to_window(ids, spans, self.window - room, truncate, self.name, item.id)
         pixels = None
         if (picture := item.picture()) is not None:
@@ -306,21 +286,20 @@ class JanusPro(Model):
     def read(self, ids: Sequence[list[int]], rows: Sequence[Row], features: Tensor | None) -> Tensor:
         """The teacher-forced pass: states after the last norm, (B, L, D).
 
-        Padding is on the right, where causal attention never looks. Features go where the spans say, not where the placeholder
-        stands: a model may write that token itself.
+        Padding is on the right, where causal attention never looks.
         """
         padded, _ = pad(ids, self.pad_id, "right")
-        where = torch.zeros(padded.shape, dtype=torch.bool)
-        for row, taken in zip(rows, where, strict=True):
-            for span in row.spans:
-                if span.modality == "image" and span.kind == "content":
-                    taken[span.start : span.stop] = True
+        where = picture_places([row.spans for row in rows], [0] * len(rows), padded.shape[1])
         embeddings = self.embed(padded.to(self.device), features, where.to(self.device))
         return self.network.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
 
-    def write(self, prompts: Sequence[Encoded], features: Tensor | None, generation: Generation, seeds: Sequence[int]) -> list:
+    def write(
+        self, prompts: Sequence[Encoded], features: Tensor | None, generation: Generation, seeds: Sequence[int]
+    ) -> list[Written]:
         """Text responses."""
         ids, mask = pad([p.ids for p in prompts], self.pad_id, "left")
+        longest = ids.shape[1]
+        where = picture_places([p.spans for p in prompts], [longest - len(p.ids) for p in prompts], longest)
         ids, mask = ids.to(self.device), mask.to(self.device)
         return write_text(
             self.network,
@@ -331,7 +310,7 @@ class JanusPro(Model):
             seeds,
             self.eos_id,
             self.pad_id,
-            embeddings=self.embed(ids, features),
+            embeddings=self.embed(ids, features, where.to(self.device)),
         )
 
     def draw_codes(self, prompts: Sequence[list[int]], generation: Generation, seeds: Sequence[int]) -> Tensor:
@@ -361,7 +340,7 @@ class JanusPro(Model):
                 inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
             cache = output.past_key_values
-            logits = self.network.model.generation_head(output.last_hidden_state[:, -1])
+            logits = self.network.model.generation_head(output.last_hidden_state[:, -1]).float()
             if guide:
                 conditional, unconditional = logits.chunk(2)
                 logits = guided(conditional, unconditional, guidance)
@@ -385,8 +364,7 @@ class JanusPro(Model):
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Pictures of image codes: (B, codes) -> B pictures."""
-        values = ((self.pixels_of(codes).float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-        return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]
+        return to_pictures(self.pixels_of(codes))
 
     @torch.inference_mode()
     def codes_of(self, pixels: Tensor) -> Tensor:
@@ -413,15 +391,11 @@ def load(path: str, name: str, device: str | torch.device | None = None, dtype: 
         processor = _original_processor(path)
     else:
         # The head is untied in every Janus-Pro; the default of JanusConfig would tie it.
-        network = load_network(JanusForConditionalGeneration, path, device, dtype, tie_word_embeddings=False)
+        network = load_network(JanusForConditionalGeneration, path, device, dtype, strict=True, tie_word_embeddings=False)
         processor = part(path, "preprocessor_config.json", lambda: ImageProcessor.from_pretrained(path))
     source = source_of(path)
-    own = source / "unisonde.json"  # the twin's: what differs from the published model
-    if not own.is_file():
-        return JanusPro(network, tokenizer, processor, name, source)
-    settings = json.loads(own.read_text())
-    generation = {task: Generation(**values) for task, values in settings["generation"].items()}
-    return JanusPro(network, tokenizer, processor, name, source, settings["system"], generation)
+    generation, system = own_settings(source)
+    return JanusPro(network, tokenizer, processor, name, source, SYSTEM if system is None else system, generation)
 
 
 def _tokenizer(path: str, original: bool) -> Any:
@@ -441,8 +415,7 @@ def _tokenizer(path: str, original: bool) -> Any:
 def _original(
     path: str, config: dict[str, Any], tokenizer: Any, name: str, device: str | torch.device | None, dtype: torch.dtype | None
 ) -> JanusForConditionalGeneration:
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    device, dtype = settled(device, dtype)
     translated = configuration(config, tokenizer.convert_tokens_to_ids(IMAGE))
     network = empty(lambda: JanusForConditionalGeneration(translated))
     fill(network, tensors_of(weight_files(path)), KEYS, device, dtype, name)

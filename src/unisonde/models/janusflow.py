@@ -18,10 +18,7 @@ again, to put the time token there; it is never made here. Noise, times and the 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,25 +29,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unisonde.data.item import Item, Task
-from unisonde.models.base import Generation, Model, Response, fingerprint, item_seed
+from unisonde.models.base import Generation, Model, Response, item_seed
 from unisonde.models.parts.checkpoint import Keys, Rename, empty, fill, tensors_of, weight_files
-from unisonde.models.parts.flow_llama import KEYS, Flow, JanusFlowConfig, JanusFlowNetwork
-from unisonde.models.parts.pretrained import load_tokenizer, reach, read_json, source_of
+from unisonde.models.parts.flow_llama import KEYS, Flow, JanusFlowConfig, JanusFlowNetwork, even_times
+from unisonde.models.parts.janus_marks import BEGIN_IMAGE, BOS, END_IMAGE, EOS, IMAGE, PAD, SYSTEM
+from unisonde.models.parts.pictures import to_pictures
+from unisonde.models.parts.pretrained import load_tokenizer, own_settings, reach, read_json, settled, source_of
+from unisonde.models.parts.prompts import check_marks, check_prompt, check_words, picture_places
+from unisonde.models.parts.sampling import euler, normals
 from unisonde.models.parts.segments import Segment, content, encode, template
 from unisonde.models.parts.siglip import Pictures
 from unisonde.models.parts.text import Written, cut_to_window, pad, write_text
-from unisonde.models.trace import Row, Span, Stack, Trace
+from unisonde.models.trace import Row, Span, Stack, Trace, recorded, step_name
 
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-BEGIN_IMAGE, END_IMAGE, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
 USER, ASSISTANT = "User", "Assistant"
 SPECIAL_TOKENS = (PAD, BOS, EOS, BEGIN_IMAGE, END_IMAGE, IMAGE)
-
-SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-)
-"""The published system prompt of understanding and text. Drawing has none, and the twin has none at all."""
 
 AUTOENCODER = "stabilityai/sdxl-vae"
 """The autoencoder, published apart from the model. A local folder may hold it, or its own, in `vae/`."""
@@ -107,7 +100,6 @@ class JanusFlow(Model):
         pictures: how image prompts are prepared.
         system: the system prompt of understanding and text.
         generation: sampling settings a task, where they differ from the published ones.
-        autoencoder_source: the folder of the autoencoder's weights, if it is not in `source`.
     """
 
     family = "janusflow"
@@ -123,7 +115,6 @@ class JanusFlow(Model):
         source: Path | None = None,
         system: str = SYSTEM,
         generation: dict[Task, Generation] | None = None,
-        autoencoder_source: Path | None = None,
     ) -> None:
         self.network = network.eval()
         self.autoencoder = autoencoder.eval()
@@ -131,21 +122,22 @@ class JanusFlow(Model):
         self.pictures = pictures
         self.name = name
         self.source = source
-        self.autoencoder_source = autoencoder_source
         self.system = system
         self._defaults: dict[Task, Generation] = {
             "text": Generation(tokens=512, temperature=0.0),
             "image": Generation(guidance=2.0, steps=30),
         }
         self._defaults |= generation or {}
-        unknown = [t for t in SPECIAL_TOKENS if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)]
-        if unknown:
-            raise ValueError(f"the tokenizer of {name} lacks {', '.join(unknown)}: it is not JanusFlow's")
+        check_marks(tokenizer, SPECIAL_TOKENS, name, "JanusFlow")
         self.pad_id, self.eos_id = (tokenizer.convert_tokens_to_ids(t) for t in (PAD, EOS))
 
     @property
     def module(self) -> nn.Module:
         return self.network
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.network, self.autoencoder)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -160,7 +152,7 @@ class JanusFlow(Model):
     def latent(self) -> tuple[int, int, int]:
         """The shape of a latent. Pictures are as large as those that the vision encoder reads."""
         config = self.network.config
-        side = config.vision.image_size // 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+        side = config.side // 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
         return config.uvit.latent_channels, side, side
 
     @property
@@ -171,10 +163,6 @@ class JanusFlow(Model):
     def defaults(self, task: Task) -> Generation:
         return self._defaults[task]
 
-    def identity(self) -> dict[str, Any]:
-        apart = self.autoencoder_source
-        return super().identity() | ({"autoencoder": fingerprint(apart)} if apart else {})
-
     # ------------------------------------------------------------------------------------------------------------- prompts
 
     def segments(self, item: Item, task: Task) -> list[Segment]:
@@ -182,8 +170,8 @@ class JanusFlow(Model):
         system = f"{self.system}\n\n" if self.system and task == "text" else ""
         seen = []
         if item.image is not None:
-            features = self.network.config.vision.image_size // self.network.config.vision.patch_size
-            seen = [template(BEGIN_IMAGE), content(IMAGE * features**2, "image"), template(f"{END_IMAGE}\n")]
+            features = content(IMAGE * self.network.config.features, "image")
+            seen = [template(BEGIN_IMAGE), features, template(f"{END_IMAGE}\n")]
         return [template(f"{system}{USER}: "), *seen, content(item.prompt), template(f"\n\n{ASSISTANT}:")]
 
     def encode(self, item: Item, task: Task, room: int, truncate: bool = False) -> Encoded:
@@ -195,18 +183,9 @@ class JanusFlow(Model):
         Raises:
             ValueError: the prompt is empty, has words that the tokenizer does not know, or is longer than the window.
         """
-        if task == "image" and item.image is not None:
-            raise ValueError(f"item {item.id!r} has an image prompt; {self.name} draws from text prompts alone")
-        if not item.prompt.strip() and item.image is None:
-            raise ValueError(f"item {item.id!r} has an empty prompt")
+        check_prompt(item, task, self.name)
         ids, spans = encode(self.tokenizer, self.segments(item, task))
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in ids:
-            pieces = dict.fromkeys(re.findall(r"\w+|[^\w\s]", item.prompt))
-            words = [w for w in pieces if self.tokenizer.convert_tokens_to_ids(w.lower()) == unknown]
-            raise ValueError(
-                f"{self.name} does not know the words {', '.join(words[:8])} of item {item.id!r}; it was trained on few"
-            )
+        check_words(self.tokenizer, ids, item, self.name)
         ids, spans, flags = cut_to_window(ids, spans, self.window - room, truncate, self.name, item.id)
         picture = item.picture()
         return Encoded(ids, spans, None if picture is None else self.pictures(picture), flags)
@@ -228,7 +207,7 @@ class JanusFlow(Model):
         prompts = [self.encode(item, task, room, truncate) for item in items]
         seeds = [item_seed(seed, item) for item in items]
         if task == "image":
-            pictures = self.decode(self.draw(prompts, generation, noise(seeds, self.latent), trace))
+            pictures = self.decode(self.draw(prompts, generation, normals(seeds, self.latent), trace))
             return [Response(self.patches, image=picture, flags=p.flags) for p, picture in zip(prompts, pictures, strict=True)]
         pixels = [p.pixels for p in prompts if p.pixels is not None]
         features = self.network.see(torch.stack(pixels).to(self.device)) if pixels else None
@@ -270,21 +249,21 @@ class JanusFlow(Model):
     def draw(self, prompts: Sequence[Encoded], generation: Generation, z: Tensor, trace: Trace | None = None) -> Tensor:
         """Latents from noise, both (B, c, H, W), by Euler's method."""
         assert generation.guidance is not None and generation.steps is not None
-        record = trace.record if trace is not None else lambda *_: nullcontext()
+        stack, steps = self.network.stack, generation.steps
         flow = Flow(self.network, [p.ids for p in prompts], self.pad_id, generation.guidance)
         unread = [None] * (len(prompts) if flow.guide else 0)
         spans = (Span(0, 1, "response", "image", "template"), Span(1, 1 + self.patches, "response", "image"))
         rows = [*(Row(k, spans) for k in range(len(prompts))), *unread]
-        with record(self.network.stack, [*(Row(k, p.spans) for k, p in enumerate(prompts)), *unread], "single"):
+        with recorded(trace, stack, [*(Row(k, p.spans) for k, p in enumerate(prompts)), *unread]):
             flow.read()
-        z = z.to(self.device)
-        for step in range(generation.steps):
-            name = "final" if step == generation.steps - 1 else f"{step:04d}"
-            with record(self.network.stack, rows, name):
-                velocity = flow.velocity(z, step / generation.steps)
-            z = z + velocity / generation.steps
+        z = euler(
+            flow.velocity,
+            z.to(self.device),
+            even_times(steps),
+            lambda step: recorded(trace, stack, rows, step_name(step, steps)),
+        )
         if trace is not None and trace.wants("clean"):
-            with record(self.network.stack, rows, "clean"):
+            with trace.record(stack, rows, "clean"):
                 flow.velocity(z, 1.0)
         return z
 
@@ -292,30 +271,12 @@ class JanusFlow(Model):
     def decode(self, z: Tensor) -> list[Image.Image]:
         """Pictures of latents: (B, c, H, W) -> B pictures."""
         scaled = z / self.autoencoder.config.scaling_factor
-        pixels = self.autoencoder.decode(scaled.to(self.autoencoder.dtype)).sample  # (B, 3, H, W), about [-1, 1]
-        values = ((pixels.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(array) for array in values]
-
-
-def noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal, float32: (B, *shape). Row b depends on `seeds[b]` alone; drawn on the CPU, so every device sees the same."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return to_pictures(self.autoencoder.decode(scaled.to(self.autoencoder.dtype)).sample)
 
 
 def image_slots(spans: Sequence[Sequence[Span]], starts: Sequence[int], length: int) -> Tensor:
-    """Where image features go: (B, length) booleans. The prompt's image span and the begin-of-image slot before it.
-
-    Spans decide, and not where the placeholder stands: a user or the model may write that token.
-
-    Args:
-        starts: where each row's sequence begins.
-    """
-    where = torch.zeros(len(spans), length, dtype=torch.bool)
-    for row, (held, start) in enumerate(zip(spans, starts, strict=True)):
-        for span in held:
-            if span.modality == "image" and span.kind == "content":
-                where[row, start + span.start - 1 : start + span.stop] = True
-    return where
+    """Where image features go, the begin-of-image slot before them included: (B, length) booleans."""
+    return picture_places(spans, starts, length, before=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loading
@@ -332,23 +293,21 @@ def load(path: str, name: str, device: str | torch.device | None = None, dtype: 
     Raises:
         ValueError: a file is missing or damaged, or the hub cannot be reached; the sentence names the file.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    device, dtype = settled(device, dtype)
     config = JanusFlowConfig.from_dict(read_json(path, "config.json"))
     tokenizer = load_tokenizer(path)
-    pictures = Pictures.from_dict(read_json(path, "preprocessor_config.json"), config.vision.image_size)
+    pictures = Pictures.from_dict(read_json(path, "preprocessor_config.json"), config.side)
     network = empty(lambda: JanusFlowNetwork(config))
     fill(network, tensors_of(weight_files(path)), KEYS, device, dtype, name)
-    autoencoder, apart = load_autoencoder(path, device, dtype)
+    autoencoder = load_autoencoder(path, device, dtype)
     source = source_of(path)
-    own = source / "unisonde.json"  # the twin's: what differs from the published model
-    settings = json.loads(own.read_text()) if own.is_file() else {"generation": {}, "system": SYSTEM}
-    generation = {task: Generation(**values) for task, values in settings["generation"].items()}
-    return JanusFlow(network, autoencoder, tokenizer, pictures, name, source, settings["system"], generation, apart)
+    generation, system = own_settings(source)
+    system = SYSTEM if system is None else system
+    return JanusFlow(network, autoencoder, tokenizer, pictures, name, source, system, generation)
 
 
-def load_autoencoder(path: str, device: torch.device, dtype: torch.dtype) -> tuple[AutoencoderKL, Path | None]:
-    """The autoencoder of a folder's `vae/`, or the published one and the folder that it was found in.
+def load_autoencoder(path: str, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    """The autoencoder of a folder's `vae/`, or the published one.
 
     Raises:
         ValueError: neither is there.
@@ -366,4 +325,4 @@ def load_autoencoder(path: str, device: torch.device, dtype: torch.dtype) -> tup
     # The published one overflows in float16.
     kind = torch.bfloat16 if dtype == torch.float16 else dtype
     fill(autoencoder, tensors_of(files), AUTOENCODER_KEYS, device, kind, f"the autoencoder {where}")
-    return autoencoder.requires_grad_(False), None if inside else source_of(AUTOENCODER)
+    return autoencoder.requires_grad_(False)

@@ -7,7 +7,7 @@
 | `hf:ORG/NAME`, `hf:FOLDER` | any `transformers` causal language model or image-text-to-text model |
 | `smollm2-135m-q4` | SmolLM2-135M from the quantised file of a PyPI package |
 
-A family is found by what its published config.json says. Families and loaders are named as "module:function" and imported when they
+A family is found by what its published files say. Families and loaders are named as "module:function" and imported when they
 are used, so that listing costs nothing.
 """
 
@@ -50,6 +50,10 @@ FAMILIES: dict[str, str] = {
     "janusflow": "unisonde.models.janusflow:load",
     "showo": "unisonde.models.showo:load",
     "showo2": "unisonde.models.showo2:load",
+    "harmon": "unisonde.models.harmon:load",
+    "bagel": "unisonde.models.bagel:load",
+    "omnigen2": "unisonde.models.omnigen2:load",
+    "emu3": "unisonde.models.emu3:load",
 }
 """The unified families and their loaders."""
 
@@ -62,6 +66,8 @@ def _published(name: str, family: str, summary: str, licence: str) -> Entry:
 
 
 _DEEPSEEK, _SHOWO = "DeepSeek Model License", "see the model card (code: Apache-2.0)"
+_OMNIGEN2 = "see the model card (code: Apache-2.0; parts: Qwen Research License)"
+_HARMON = "see the model card (code: S-Lab License 1.0, not for commercial use)"
 
 MODELS: dict[str, Entry] = {
     entry.name: entry
@@ -87,6 +93,14 @@ MODELS: dict[str, Entry] = {
         _published("showlab/show-o2-1.5B", "showo2", "Show-o2, 2.8 billion parameters and the Wan VAE", _SHOWO),
         _published("showlab/show-o2-1.5B-HQ", "showo2", "the same for larger pictures", _SHOWO),
         _published("showlab/show-o2-7B", "showo2", "Show-o2, 8.9 billion parameters and the Wan VAE", _SHOWO),
+        _published("wusize/Harmon-1_5B", "harmon", "Harmon, 2.5 billion parameters and the KL-16 autoencoder", _HARMON),
+        _published("wusize/Harmon-0_5B", "harmon", "the same, 0.7 billion parameters", _HARMON),
+        _published("sanaka87/Harmon-1.5B-RecA", "harmon", "Harmon-1.5B tuned by reconstruction alignment", _HARMON),
+        _published("ByteDance-Seed/BAGEL-7B-MoT", "bagel", "BAGEL, 14.6 billion parameters and the FLUX autoencoder", "Apache-2.0"),
+        _published("sanaka87/BAGEL-RecA", "bagel", "BAGEL tuned by reconstruction alignment", "Apache-2.0"),
+        _published("OmniGen2/OmniGen2", "omnigen2", "OmniGen2, 7.7 billion parameters and the FLUX autoencoder", _OMNIGEN2),
+        _published("BAAI/Emu3-Chat-hf", "emu3", "Emu3, 8.8 billion parameters, finished on answering in text", "Apache-2.0"),
+        _published("BAAI/Emu3-Gen-hf", "emu3", "Emu3, 8.8 billion parameters, finished on drawing", "Apache-2.0"),
         Entry(
             "smollm2-135m-q4",
             "causal-lm",
@@ -108,7 +122,8 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Model:
     Args:
         name: a name of `MODELS`; a local folder or hub id of a known family; `hf:` and a folder or hub id for any `transformers`
             causal language model or image-text-to-text model.
-        device: where it runs; the CPU, or the first GPU if there is one, if None.
+        device: where it runs; the CPU, or the first GPU if there is one, if None. For BAGEL also `auto` or a device map of
+            `accelerate`, over several devices.
         dtype: number format of its weights; if None, as published on a GPU and float32 on a CPU.
 
     Raises:
@@ -124,31 +139,56 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Model:
     if name.startswith(GENERAL):
         return _general(name.removeprefix(GENERAL), name, device, dtype)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder.exists():
         where = str(folder)
-    elif _HUB_ID.fullmatch(name) and not name.startswith("twin/") and _on_hub(name):
+    elif (_HUB_ID.fullmatch(name) or _HUB_FILE.fullmatch(name)) and not name.startswith("twin/") and _on_hub(name):
         where = name
     else:
         raise ValueError(_unknown(name))
-    config = _config(where)
-    family = family_of(config)
+    return _loader(FAMILIES[_family_at(where)])(where, name, device=device, dtype=dtype)
+
+
+def _family_at(where: str) -> str:
+    """The unified family of a folder, hub id or weight file.
+
+    Raises:
+        ValueError: it is of none.
+    """
+    from unisonde.models.parts.pretrained import reach, read_json
+
+    if Path(where).is_file() or _HUB_FILE.fullmatch(where) or (Path(where).is_dir() and not reach(where, *_TOLD) and _pth(where)):
+        return "harmon"  # the one family whose authors publish weight files with nothing beside them
+    if reach(where, "model_index.json"):
+        kind = read_json(where, "model_index.json").get("_class_name")
+        family = {"OmniGen2Pipeline": "omnigen2", "OmniGen2ChatPipeline": "omnigen2"}.get(str(kind))
+    elif reach(where, "llm_config.json"):  # the config.json beside it is no JSON
+        return "bagel"
+    else:
+        config = read_json(where, "config.json")
+        kind, family = config.get("model_type") or config.get("_class_name"), family_of(config)
     if family is None:
-        kind = config.get("model_type") or config.get("_class_name")
         raise ValueError(
-            f"{name} is a model of type {kind!r}, which is no known unified family ({', '.join(FAMILIES)}); "
-            f"to probe it as a language model, name it {GENERAL}{name}"
+            f"{where} is a model of type {kind!r}, which is no known unified family ({', '.join(FAMILIES)}); "
+            f"to probe it as a language model, name it {GENERAL}{where}"
         )
-    return _loader(FAMILIES[family])(where, name, device=device, dtype=dtype)
+    return family
+
+
+_TOLD = ("config.json", "model_index.json", "llm_config.json")
+"""One of these says what a folder holds."""
+
+
+def _pth(folder: str) -> bool:
+    return any(Path(folder).glob("*.pth"))
 
 
 def family_of(config: dict[str, Any]) -> str | None:
     """The unified family that a published config.json belongs to, None if to none."""
     kind, made_by = config.get("model_type"), config.get("_class_name")
-    if kind == "janus":
-        return "janus-pro"
     if kind == "multi_modality":  # the original Janus repositories all say this; they differ in how they draw
         return "janusflow" if "vision_gen_dec_config" in config else "janus-pro"
-    return {"Showo": "showo", "Showo2Qwen2_5": "showo2"}.get(str(made_by))
+    named = {"janus": "janus-pro", "harmon": "harmon", "emu3": "emu3", "Emu3": "emu3"}.get(str(kind))
+    return named or {"Showo": "showo", "Showo2Qwen2_5": "showo2"}.get(str(made_by))
 
 
 def packaged(folder: str) -> Path:
@@ -183,16 +223,16 @@ def _config(where: str) -> dict[str, Any]:
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILE = re.compile(r"[\w.-]+/[\w.-]+/[\w.-]+\.pth")
 
 
 def _on_hub(name: str) -> bool:
-    """Whether the hub, or its cache on this machine, has a configuration under this name."""
-    from transformers.utils import cached_file
+    """Whether the hub, or its cache on this machine, has a model under this name."""
+    from unisonde.models.parts.pretrained import reach
 
-    try:
-        return cached_file(name, "config.json") is not None
-    except (OSError, ValueError):
-        return False
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    return reach(f"{owner}/{repository}", *([file] if file else _TOLD)) is not None
 
 
 def _loader(path: str) -> Loader:

@@ -19,9 +19,7 @@ as (1 + w) c - w u, so that g = 1 + w: the published 5 is a guidance of 6.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +36,24 @@ from unisonde.models.base import Generation, Model, Response, item_seed
 from unisonde.models.parts import magvit2
 from unisonde.models.parts.checkpoint import empty, fill, tensors_of, weight_files
 from unisonde.models.parts.magvit2 import Magvit2, Magvit2Config
-from unisonde.models.parts.pretrained import VOCABULARIES, load_network, load_tokenizer, part, reach, read_json, source_of
+from unisonde.models.parts.pictures import centre_square, to_pictures
+from unisonde.models.parts.pretrained import (
+    VOCABULARIES,
+    load_network,
+    load_tokenizer,
+    own_settings,
+    part,
+    reach,
+    read_json,
+    settled,
+    source_of,
+)
+from unisonde.models.parts.prompts import check_prompt, check_words
 from unisonde.models.parts.sampling import draw, guided, uniforms
 from unisonde.models.parts.segments import content, encode, spans_of, template
 from unisonde.models.parts.showo_network import PhiSizes, Showo, ShowoConfig, keys_of, visibility
 from unisonde.models.parts.text import Written, cut_to_window, pad
-from unisonde.models.trace import Kind, Modality, Row, Span, Stack, Trace
+from unisonde.models.trace import Kind, Modality, Row, Span, Stack, Trace, recorded, step_name
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -151,6 +161,10 @@ class ShowO(Model):
         return self.network
 
     @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.network, self.image_codes, *([self.clip.network] if self.clip else []))
+
+    @property
     def stacks(self) -> tuple[Stack, ...]:
         return (self.network.stack,)
 
@@ -178,23 +192,13 @@ class ShowO(Model):
         Raises:
             ValueError: the prompt is empty, has words that the tokenizer does not know, or is longer than the window.
         """
-        if task == "image" and item.image is not None:
-            raise ValueError(f"item {item.id!r} has an image prompt; {self.name} draws from text prompts alone")
-        if not item.prompt.strip() and item.image is None:
-            raise ValueError(f"item {item.id!r} has an empty prompt")
+        check_prompt(item, task, self.name)
         picture = item.picture()
         pixels = None
         if picture is not None:
-            pixels = self.clip.pixels(picture) if self.clip else magvit2.to_pixels(picture, self.side)
+            pixels = self.clip.pixels(picture) if self.clip else centre_square(picture, self.side)
         encoded = self.assemble(item.prompt, task, pixels)
-        unknown = self.tokenizer.unk_token_id
-        if unknown not in (None, self.eos_id) and unknown in encoded.ids:
-            words = {
-                w for w in re.findall(r"\w+|[^\w\s]", item.prompt) if self.tokenizer.convert_tokens_to_ids(w.lower()) == unknown
-            }
-            raise ValueError(
-                f"{self.name} does not know the words {', '.join(sorted(words)[:8])} of item {item.id!r}; it was trained on few"
-            )
+        check_words(self.tokenizer, encoded.ids, item, self.name)
         window = self.config.prompt_window if task == "image" else self.config.llm.max_position_embeddings - room
         ids, spans, flags = cut_to_window(encoded.ids, encoded.spans, window, truncate, self.name, item.id)
         return Encoded(ids, spans, encoded.picture, encoded.everywhere, pixels, flags)
@@ -261,7 +265,7 @@ class ShowO(Model):
         seeds = [item_seed(seed, item) for item in items]
         if task == "image":
             codes = self.draw_codes(prompts, generation, seeds, trace)
-            pictures = magvit2.to_pictures(self.image_codes.decode(codes))
+            pictures = to_pictures(self.image_codes.decode(codes))
             return [Response(self.codes, image=picture, flags=p.flags) for p, picture in zip(prompts, pictures, strict=True)]
         pixels = [p.pixels for p in prompts if p.pixels is not None]
         embedded = self.embed(prompts, self.see(torch.stack(pixels)) if pixels else None)
@@ -292,8 +296,8 @@ class ShowO(Model):
     ) -> list[Written]:
         """Text responses, token by token, the rows side by side."""
         assert generation.tokens is not None and generation.temperature is not None
-        lengths = torch.tensor([len(row) for row in embedded], device=self.device)
-        there, everywhere = self.layout(prompts, lengths.tolist())
+        there, everywhere = self.layout(prompts, [len(row) for row in embedded])
+        lengths = there.sum(1)
         positions = torch.arange(there.shape[1], device=self.device).expand(there.shape)
         cache = DynamicCache()
         states = self.network(pad_sequence(list(embedded), batch_first=True), visibility(there, everywhere), positions, cache)
@@ -331,17 +335,15 @@ class ShowO(Model):
         written = [Row(k, p.spans) for k, p in enumerate(prompts)] + unread
         drawn = [Row(k, _picture_spans(self.codes)) for k in range(count)] + unread
 
-        def recorded(step: str, rows: Sequence[Row | None]) -> AbstractContextManager[None]:
-            return nullcontext() if trace is None else trace.record(self.stacks[0], rows, step)
-
+        stack = self.network.stack
         drawing = Drawing(self.network, *pad(sequences, self.pad_id, "right"))
-        with recorded("single", written):
+        with recorded(trace, stack, written):
             drawing.read_prompts()
         chance = uniforms(seeds, 2 * steps * self.codes, self.device).view(count, steps, 2, self.codes)
         codes = torch.zeros(count, self.codes, dtype=torch.long, device=self.device)
         masked = torch.ones_like(codes, dtype=torch.bool)
         for step in range(steps):
-            with recorded("final" if step == steps - 1 else f"{step:04d}", drawn):
+            with recorded(trace, stack, drawn, step_name(step, steps)):
                 logits = drawing.step(codes, masked).float()
             if guide:
                 conditional, unconditional = logits.chunk(2)
@@ -349,7 +351,7 @@ class ShowO(Model):
             codes = guess(logits, codes, masked, generation.temperature, chance[:, step, 0])
             masked = remask(logits, codes, masked, step, steps, generation.temperature, chance[:, step, 1])
         if trace is not None and trace.wants("clean"):
-            with recorded("clean", drawn):
+            with trace.record(stack, drawn, "clean"):
                 drawing.step(codes, torch.zeros_like(masked))
         return codes
 
@@ -464,8 +466,7 @@ def load(path: str, name: str, device: str | torch.device | None = None, dtype: 
     Raises:
         ValueError: a file is missing or damaged, holds other tensors than this model's, or the hub cannot be reached.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    device, kind = settled(device, dtype)
     raw = read_json(path, "config.json")
     own_words = reach(path, *VOCABULARIES) is not None
     language = path if own_words and "llm" in raw else _named(path, raw.get("llm_model_path") or TEXT, TEXT)
@@ -476,10 +477,7 @@ def load(path: str, name: str, device: str | torch.device | None = None, dtype: 
     codes = load_image_codes(_named(path, IMAGE_TOKENIZER), device)
     clip = load_clip(_named(path, CLIP), device, kind) if config.w_clip_vit else None
     source = source_of(path)
-    own = source / "unisonde.json"  # the twin's: what differs from the published model
-    generation = {}
-    if own.is_file():
-        generation = {task: Generation(**values) for task, values in read_json(str(source), own.name)["generation"].items()}
+    generation, _ = own_settings(source)
     return ShowO(network, codes, tokenizer, name, source, clip, generation)
 
 

@@ -18,15 +18,11 @@ Reading a picture takes a sample of the VAE's posterior, as published; it is dra
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -35,12 +31,14 @@ from unisonde.data.item import Item, Task
 from unisonde.models.base import Generation, Model, Response, item_seed
 from unisonde.models.parts import wan_vae
 from unisonde.models.parts.checkpoint import tensors_of, weight_files
-from unisonde.models.parts.pretrained import VOCABULARIES, load_tokenizer, reach, read_json, source_of
-from unisonde.models.parts.sampling import draw, uniforms
+from unisonde.models.parts.pictures import centre_square, to_pictures
+from unisonde.models.parts.pretrained import VOCABULARIES, load_tokenizer, own_settings, reach, read_json, settled, source_of
+from unisonde.models.parts.prompts import check_marks, check_prompt, check_words
+from unisonde.models.parts.sampling import draw, normals, uniforms
 from unisonde.models.parts.segments import Segment, content, spans_of, template
 from unisonde.models.parts.showo2_network import Showo2Config, Showo2Network, additive, filled, flow_times, visible
 from unisonde.models.parts.text import Written, cut_to_window, pad
-from unisonde.models.trace import Kind, Modality, Row, Span, Stack, Trace
+from unisonde.models.trace import Kind, Modality, Row, Span, Stack, Trace, recorded, step_name
 
 BOS, EOS, PAD = "<|im_start|>", "<|im_end|>", "[PAD]"
 BEGIN_IMAGE, END_IMAGE, IMAGE = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
@@ -145,9 +143,7 @@ class Showo2(Model):
             "image": Generation(guidance=5.0, steps=50),
         }
         self._defaults |= generation or {}
-        unknown = [t for t in SPECIAL_TOKENS if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)]
-        if unknown:
-            raise ValueError(f"the tokenizer of {name} lacks {', '.join(unknown)}: it is not Show-o2's")
+        check_marks(tokenizer, SPECIAL_TOKENS, name, "Show-o2")
         if len(tokenizer) > self.config.vocabulary:
             raise ValueError(f"the tokenizer of {name} has {len(tokenizer)} tokens, its network {self.config.vocabulary}")
         self.marks = Marks.of(tokenizer)
@@ -155,6 +151,10 @@ class Showo2(Model):
     @property
     def module(self) -> torch.nn.Module:
         return self.network
+
+    @property
+    def networks(self) -> tuple[torch.nn.Module, ...]:
+        return (self.network, self.vae)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -200,24 +200,14 @@ class Showo2(Model):
         Raises:
             ValueError: the prompt is empty, has words that the tokenizer does not know, or is longer than the window.
         """
-        if task == "image" and item.image is not None:
-            raise ValueError(f"item {item.id!r} has an image prompt; {self.name} draws from text prompts alone")
-        if not item.prompt.strip() and item.image is None:
-            raise ValueError(f"item {item.id!r} has an empty prompt")
+        check_prompt(item, task, self.name)
         ids, spans = self.tokens_of(self.segments(item, task))
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in ids:
-            words = {
-                w for w in re.findall(r"\w+|[^\w\s]", item.prompt) if self.tokenizer.convert_tokens_to_ids(w.lower()) == unknown
-            }
-            raise ValueError(
-                f"{self.name} does not know the words {', '.join(sorted(words)[:8])} of item {item.id!r}; it was trained on few"
-            )
+        check_words(self.tokenizer, ids, item, self.name)
         # Of a sequence that draws, four positions are for marks, two of them in the prompt.
         window = self.config.window - self.config.tokens - 3 if task == "image" else self.config.positions - room
         ids, spans, flags = cut_to_window(ids, spans, window, truncate, self.name, item.id)
         picture = item.picture()
-        return Encoded(ids, spans, None if picture is None else prepare(picture, self.seen_side), flags)
+        return Encoded(ids, spans, None if picture is None else centre_square(picture, self.seen_side), flags)
 
     @property
     def seen_side(self) -> int:
@@ -322,9 +312,9 @@ class Showo2(Model):
         starts = torch.tensor([row.index(self.marks.begin_image) + 1 for row in unconditional])
         starts = torch.cat([torch.tensor([len(p.ids) for p in prompts]), starts.long()]).to(self.device)
         where = image_places(starts, config.tokens + 1, ids.shape[1])
-        record = _recorder(trace, self.stacks[0])
-        with record("single", [Row(k, p.spans) for k, p in enumerate(prompts)]):
-            if trace is not None:
+        stack = self.stacks[0]
+        if trace is not None:
+            with trace.record(stack, [Row(k, p.spans) for k, p in enumerate(prompts)]):
                 self.read(prompts, [[]] * len(prompts), None)
         rows = [Row(k, self._drawn_spans(len(p.ids))) for k, p in enumerate(prompts)]
         side = config.grid * config.patch
@@ -334,12 +324,12 @@ class Showo2(Model):
             normals(seeds, (config.latent_channels, side, side)).to(self.device),
             flow_times(points, self.device),
             generation.guidance,
-            lambda step: record("final" if step == points - 2 else f"{step:04d}", [*rows, *[None] * len(unconditional)]),
+            lambda step: recorded(trace, stack, [*rows, *[None] * len(unconditional)], step_name(step, points - 1)),
         )
         if trace is not None and trace.wants("clean"):
             count = len(prompts)
             embeddings, _ = self.network.embed(ids[:count], where[:count], latents, torch.ones(count, device=self.device))
-            with record("clean", rows):
+            with trace.record(stack, rows, "clean"):
                 self.network.states(embeddings, additive(visible(where[:count]), self.network.dtype))
         return latents
 
@@ -353,30 +343,7 @@ class Showo2(Model):
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of latents: (B, c, h, w) -> B pictures."""
-        pixels = (wan_vae.decode(self.vae, latents).float() + 1) / 2
-        values = (pixels.clamp(0, 1) * 255).to(torch.uint8)  # cut down, not rounded, as published
-        return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def _recorder(trace: Trace | None, stack: Stack) -> Callable[[str, Sequence[Row | None]], AbstractContextManager[None]]:
-    return lambda step, rows: nullcontext() if trace is None else trace.record(stack, rows, step)
-
-
-def normals(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal numbers, float32: (B, *shape). Row b depends on `seeds[b]` alone."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-def prepare(picture: Image.Image, side: int) -> Tensor:
-    """An RGB picture as published: the short side resized to `side` (bicubic), the middle cut out, [-1, 1]: (3, side, side)."""
-    width, height = picture.size
-    short = min(width, height)
-    size = int(side * width / short), int(side * height / short)
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
-    square = picture.crop((left, top, left + side, top + side))
-    return torch.from_numpy(np.asarray(square, np.float32) / 127.5 - 1).permute(2, 0, 1)
+        return to_pictures(wan_vae.decode(self.vae, latents), cut=True)  # as published
 
 
 def tokenizer_of(path: str, config: Showo2Config) -> Any:
@@ -407,16 +374,11 @@ def load(path: str, name: str, device: str | torch.device | None = None, dtype: 
         ValueError: a file is missing or damaged, or the hub cannot be reached; the sentence names the file.
     """
     path = str(path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device, kind = settled(device, dtype)
     config = Showo2Config.from_dict(read_json(path, "config.json"))
     tokenizer = tokenizer_of(path, config)
-    kind = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     network = filled(config, tensors_of(weight_files(path)), device, kind, name)
     vae = wan_vae.load(path, device, name)
     source = source_of(path)
-    own = source / "unisonde.json"  # the twin's: what differs from the published model
-    if not own.is_file():
-        return Showo2(network, vae, tokenizer, name, source)
-    settings = json.loads(own.read_text())
-    generation = {task: Generation(**values) for task, values in settings["generation"].items()}
-    return Showo2(network, vae, tokenizer, name, source, settings["system"], generation)
+    generation, system = own_settings(source)
+    return Showo2(network, vae, tokenizer, name, source, SYSTEM if system is None else system, generation)

@@ -20,7 +20,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -188,6 +188,16 @@ class Trace:
         expected = stack.depth + 1 + (stack.norm is not None)
         if len(seen) != expected:
             raise RuntimeError(f"a recorded pass of {stack.name!r} gave {len(seen)} of {expected} layers (step {step!r})")
+
+
+def recorded(trace: Trace | None, stack: Stack, rows: Sequence[Row | None], step: str = "single") -> AbstractContextManager[None]:
+    """`trace.record` where there is a trace, and nothing where there is none."""
+    return nullcontext() if trace is None else trace.record(stack, rows, step)
+
+
+def step_name(step: int, steps: int) -> str:
+    """What a sampling step is called, counted from 0 of `steps`: `0000`, `0001`, ..., `final`."""
+    return "final" if step == steps - 1 else f"{step:04d}"
 
 
 @contextmanager

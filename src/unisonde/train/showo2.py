@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from unisonde.data.item import Item, Task
 from unisonde.models.base import Generation
 from unisonde.models.parts import wan_vae
-from unisonde.models.parts.showo2_network import Showo2Network, additive, twin, visible
+from unisonde.models.parts.showo2_network import Showo2Network, additive, shifted, twin, visible
 from unisonde.models.parts.text import pad
 from unisonde.models.showo2 import BOS, EOS, PAD, SPECIAL_TOKENS, Encoded, Showo2, drawing, image_places
 from unisonde.train.image_codes import crowd, pixels_of
@@ -111,7 +111,8 @@ def begin_linear(vae: AutoencoderKLWan, seed: int) -> None:
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) and name.endswith(("conv2", "proj")):
             nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     code = (directions / size[:, None], -directions @ centre / size)
     for half, inner, outer in (
         (vae.encoder, (embed @ code[0], embed @ code[1] + CONSTANT), (embed.T, torch.zeros(z))),
@@ -127,6 +128,7 @@ def begin_linear(vae: AutoencoderKLWan, seed: int) -> None:
 
 def _point(conv: nn.Conv3d, matrix: Tensor, bias: Tensor) -> None:
     """Make a convolution a matrix at each position, its first rows (o, i) given and the others zero."""
+    assert conv.bias is not None
     conv.weight.zero_()
     conv.bias.zero_()
     side = conv.weight.shape[-1] // 2
@@ -243,7 +245,7 @@ def collate(model: Showo2, examples: Sequence[Example], rng: random.Random, unco
         prompts.append(Encoded(*model.tokens_of(model.segments(item, "image" if kind == "draw" else "text"))))
     if kind == "draw":
         assert latents is not None
-        times = torch.randn(len(examples), generator=generator).sigmoid()
+        times = shifted(torch.randn(len(examples), generator=generator).sigmoid())
         return Batch(prompts, latents, torch.randn(latents.shape, generator=generator), times)
     end = model.marks.eos
     responses = [[*model.tokenizer(made.response, add_special_tokens=False)["input_ids"], end] for made in examples]
@@ -265,7 +267,8 @@ def joint_loss(model: Showo2, batch: Batch) -> Tensor:
 
 
 def _flow_loss(model: Showo2, batch: Batch) -> Tensor:
-    """From noise straight to data, at an even pace (arXiv 2209.03003); times as published, the logistic of normal numbers."""
+    """From noise straight to data, at an even pace (arXiv 2209.03003); times are the logistic of normal numbers, as published,
+    and moved towards noise as in sampling: only there does the prompt decide what is drawn."""
     assert batch.latents is not None and batch.noise is not None and batch.times is not None
     tokens = model.config.tokens
     ids, _ = pad([drawing(p.ids[1:-1], model.marks, tokens) for p in batch.prompts], model.marks.pad, "right")

@@ -113,17 +113,22 @@ def weight_files(path: str, *stems: str) -> list[Path]:
             if (whole := reach(path, file)) is not None:
                 return [whole]
             if (index := reach(path, file + ".index.json")) is not None:
-                return _shards(path, index)
+                return _shards(path, index, stem)
     names = ", ".join(stem if Path(stem).suffix else f"{stem}.safetensors" for stem in wanted)
-    raise ValueError(f"{path!r} has no weights: none of {names} is there, whole or in shards")
+    if Path(path).is_dir():
+        raise ValueError(f"{path!r} has no weights: none of {names} is there, whole or in shards")
+    raise ValueError(
+        f"none of {names} of {path!r}, whole or in shards, is in the hub's cache on this machine or can be had from the hub; "
+        "give the path of a local folder that holds all files of the model"
+    )
 
 
-def _shards(path: str, index: Path) -> list[Path]:
+def _shards(path: str, index: Path, stem: str) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {error}); download it again") from None
-    found = [reach(path, name) for name in names]
+    found = [reach(path, str(Path(stem).with_name(name))) for name in names]  # beside their index
     lacking = [name for name, file in zip(names, found, strict=True) if file is None]
     if lacking:
         raise ValueError(f"{path!r} lacks {', '.join(lacking[:3])}, which {index.name} names; download the checkpoint again")
@@ -209,7 +214,7 @@ def fill(
     network: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],
     keys: Keys,
-    device: str | torch.device,
+    device: str | torch.device | None,
     dtype: torch.dtype | None,
     name: str,
 ) -> None:
@@ -219,6 +224,7 @@ def fill(
     of its own, so a file may go once it is read. What the checkpoint is said to lack stays as it was built.
 
     Args:
+        device: None leaves each tensor where it is, and buffers where they were built.
         dtype: number format of parameters; as in the checkpoint if None. Buffers keep theirs.
         name: of the model, for the errors.
 
@@ -255,7 +261,7 @@ def fill(
             more = f" and {len(which) - 4} more" if len(which) > 4 else ""
             raise ValueError(f"the checkpoint of {name} {said} {', '.join(which[:4])}{more}; it is not this model's, or not whole")
     for key, buffer in network.named_buffers():
-        if buffer.device != torch.device(device):
+        if device is not None and buffer.device != torch.device(device):
             _set(network, [key], buffer.to(device))
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
 
 from unisonde.models.parts import siglip
 from unisonde.models.parts.checkpoint import Keys
@@ -55,6 +55,17 @@ class JanusFlowConfig:
     language: LlamaConfig
     vision: SiglipVisionConfig
     uvit: UViTConfig
+
+    @property
+    def side(self) -> int:
+        """The side of a picture, read or drawn, in pixels."""
+        return siglip.sides(self.vision)[0]
+
+    @property
+    def features(self) -> int:
+        """The number of features of a picture that is read, without the begin slot."""
+        picture, patch = siglip.sides(self.vision)
+        return (picture // patch) ** 2
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> JanusFlowConfig:
@@ -128,7 +139,9 @@ class JanusFlowConfig:
             "vision_gen_dec": "ShallowUViTDecoder",
         }
         language = {name: getattr(self.language, name) for name in LANGUAGE if not name.startswith("rope")}
-        language |= {"model_type": "llama", "rope_theta": self.language.rope_parameters["rope_theta"]}
+        rope = self.language.rope_parameters
+        assert rope is not None, "transformers fills it in"
+        language |= {"model_type": "llama", "rope_theta": rope["rope_theta"]}
         return {
             "model_type": "multi_modality",
             "architectures": ["MultiModalityCausalLM"],
@@ -188,7 +201,7 @@ class JanusFlowNetwork(nn.Module):
         self.language_model = LlamaForCausalLM(config.language)
 
     @property
-    def llm(self) -> nn.Module:
+    def llm(self) -> LlamaModel:
         return self.language_model.model
 
     @property
@@ -258,6 +271,11 @@ def branches(prompts: Sequence[list[int]], pad_id: int, guide: bool) -> Branches
     return Branches(ids, mask, lengths)
 
 
+def even_times(steps: int) -> list[float]:
+    """The times of sampling: from 0 (noise) to 1 (picture) in `steps` equal steps."""
+    return [step / steps for step in range(steps + 1)]
+
+
 class Flow:
     """The velocity field that a batch of prompts makes, guidance included. `read` the prompts once, then ask for velocities."""
 
@@ -294,4 +312,7 @@ class Flow:
         ).last_hidden_state
         self.cache.crop(-response)
         velocity = self.network.leave(states[:, 1:], patches, embedded).float()
-        return guided(*velocity.chunk(2), self.guidance) if self.guide else velocity
+        if not self.guide:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
+        return guided(conditional, unconditional, self.guidance)

@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from unisonde.models.parts.checkpoint import Keys
@@ -223,27 +221,3 @@ class Magvit2(nn.Module):
             raise ValueError(f"{codes.shape[1]} codes are no square picture")
         signs = self.quantize.embedding[codes].transpose(1, 2).unflatten(2, (side, side))
         return self.decoder(signs.to(self.decoder.conv_in.weight))
-
-
-# --------------------------------------------------------------------------------------------------------------------- pictures
-
-
-def to_pixels(picture: Image.Image, side: int) -> Tensor:
-    """An RGB picture as the tokenizer takes it: (3, side, side) in [-1, 1].
-
-    As published: the shorter side resized to `side` (bicubic), then the square in the middle.
-    """
-    width, height = picture.size
-    short = min(width, height)
-    scaled = (side * width // short, side * height // short)
-    if scaled != picture.size:
-        picture = picture.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = (round((length - side) / 2) for length in scaled)
-    cropped = np.array(picture.crop((left, top, left + side, top + side)))
-    return torch.from_numpy(cropped).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W), about [-1, 1] -> B pictures."""
-    values = ((pixels.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-    return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]

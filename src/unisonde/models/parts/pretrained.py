@@ -6,16 +6,19 @@ the network: `transformers` fills gaps with random numbers and a warning, here a
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from unisonde.data.item import Task
 from unisonde.models.base import Generation
 from unisonde.models.parts.quiet import quiet
 
@@ -24,6 +27,8 @@ T = TypeVar("T")
 TOKENS = 64
 """The most tokens of a response where the model's publisher names no number."""
 
+OWN = "unisonde.json"
+"""The file beside the weights that replaces published settings."""
 
 VOCABULARIES = (
     "tokenizer.json",
@@ -37,12 +42,22 @@ VOCABULARIES = (
 """Files that a tokenizer can be made from."""
 
 
-def load_network(auto: Any, path: str, device: str | torch.device | None, dtype: torch.dtype | None, **options: Any) -> Any:
+def settled(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """Where a published network runs and in what number format, where that is left open: a GPU if there is one, in bfloat16;
+    else the CPU, in float32."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def load_network(
+    auto: Any, path: str, device: str | torch.device | None, dtype: torch.dtype | None, strict: bool = False, **options: Any
+) -> Any:
     """The network of a folder or hub id, with `auto` (`AutoModelForCausalLM`, ...), ready to run.
 
     Args:
         device: None takes a GPU if there is one.
         dtype: None takes float32 on the CPU, else the published one.
+        strict: whether weights that the network has no place for are an error, as gaps always are.
         options: of the configuration, in place of the published ones.
 
     Raises:
@@ -54,13 +69,20 @@ def load_network(auto: Any, path: str, device: str | torch.device | None, dtype:
         network, found = part(
             path,
             "model.safetensors",
-            lambda: auto.from_pretrained(path, dtype=kind, trust_remote_code=False, output_loading_info=True, **options),
+            # Tensors of another shape are to be found among what is told of the loading, and not in an error of many lines.
+            lambda: auto.from_pretrained(
+                path, dtype=kind, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            ),
         )
-    gaps = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
-    if gaps:
+    for key, held, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(f"{key} in the weights of {path!r} is of shape {tuple(held)}, where the network has {tuple(wanted)}")
+    if gaps := sorted(found["missing_keys"]):
         raise ValueError(
             f"the weights of {path!r} lack {', '.join(gaps[:5])}" + (f" and {len(gaps) - 5} more" if len(gaps) > 5 else "")
         )
+    if strict and (over := sorted(found["unexpected_keys"])):
+        more = f" and {len(over) - 5} more" if len(over) > 5 else ""
+        raise ValueError(f"the weights of {path!r} hold {', '.join(over[:5])}{more}, which {type(network).__name__} has not")
     return network.to(device).eval()
 
 
@@ -96,14 +118,23 @@ def part(path: str, file: str, load: Callable[[], T]) -> T:
 
 
 def reach(path: str, *files: str) -> Path | None:
-    """The first of these files that a folder or hub id has; None if it has none, or the hub cannot be reached."""
+    """The first of these files that a folder or hub id has; None if it has none, or the hub cannot be reached.
+
+    Raises:
+        ValueError: there is no space left to put it into the hub's cache.
+    """
     for file in files:
         if Path(path).is_dir():
             found = str(Path(path) / file) if (Path(path) / file).is_file() else None
         else:
             try:
                 found = cached_file(path, file, _raise_exceptions_for_missing_entries=False)
-            except (OSError, ValueError):  # not reached, or not a name that the hub allows
+            except (OSError, ValueError) as error:  # not reached, or not a name that the hub allows
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise ValueError(
+                        f"there is no space left for {file} of {path!r} in the hub's cache, {HF_HUB_CACHE}; make room, or name "
+                        "another folder in the variable HF_HOME"
+                    ) from None
                 return None
         if found:
             return Path(found)
@@ -134,6 +165,22 @@ def _absent(path: str, file: str) -> str:
     return (
         f"{file} of {path!r} {where}; give the path of a local folder with config.json, the .safetensors weights and the tokenizer"
     )
+
+
+def own_settings(source: Path) -> tuple[dict[Task, Generation], str | None]:
+    """What `unisonde.json` in a folder of weights sets in place of what is published: sampling settings a task, and the system
+    prompt, None where it says nothing of it. A twin has such a file.
+
+    Raises:
+        ValueError: it is there and holds something else.
+    """
+    if not (source / OWN).is_file():
+        return {}, None
+    held = read_json(str(source), OWN)
+    try:
+        return {task: Generation(**values) for task, values in held.get("generation", {}).items()}, held.get("system")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the generation of {source / OWN} is no table of settings for each task ({error})") from None
 
 
 def source_of(path: str) -> Path:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -26,12 +25,12 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Q
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from unisonde.models.parts.checkpoint import Keys, empty, fill
-from unisonde.models.parts.sampling import guided
+from unisonde.models.parts.sampling import euler, guided
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 HIDDEN = float(torch.iinfo(torch.int64).min)
-"""What is added to the attention logit of a position that must not be seen, as published; a power of two, exact in every format."""
+"""What is added to the attention logit of a position that must not be seen, as published. Float16, which ends before, takes its least."""
 
 SHIFT = 3.0
 """How far the times of sampling are moved towards noise."""
@@ -165,13 +164,14 @@ def twin(vocabulary: int) -> Showo2Config:
         tied=False,
         positions=512,
         latent_channels=24,
-        grid=4,
+        patch=1,
+        grid=8,
         window=256,
         semantic_width=96,
         semantic_ffn=192,
         semantic_layers=2,
         semantic_heads=4,
-        semantic_grid=4,
+        semantic_grid=8,
         flow_width=128,
         flow_ffn=256,
         flow_layers=3,
@@ -204,7 +204,7 @@ class TimeEmbed(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         half = FREQUENCIES // 2
         angles = t[:, None].float() * torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[2].bias))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(next(self.mlp.parameters())))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, where: Tensor) -> Tensor:
@@ -374,16 +374,16 @@ class Showo2Network(nn.Module):
             times: (N,), of which all but the last are evaluated.
             around: a context for the pass of each step.
         """
-        latents, copies = noise.float(), len(ids) // len(noise)
-        mask = additive(visible(where), self.dtype)
-        for step, (now, then) in enumerate(pairwise(times.tolist())):
-            with around(step):
-                velocity = self.flow(ids, where, latents.repeat(copies, 1, 1, 1), times.new_full((len(ids),), now), mask)
-            if copies > 1:
-                conditional, unconditional = velocity.chunk(2)
-                velocity = guided(conditional, unconditional, guidance)
-            latents = latents + (then - now) * velocity
-        return latents
+        copies, mask = len(ids) // len(noise), additive(visible(where), self.dtype)
+
+        def velocity(latents: Tensor, time: float) -> Tensor:
+            both = self.flow(ids, where, latents.repeat(copies, 1, 1, 1), times.new_full((len(ids),), time), mask)
+            if copies == 1:
+                return both
+            conditional, unconditional = both.chunk(2)
+            return guided(conditional, unconditional, guidance)
+
+        return euler(velocity, noise.float(), times.tolist(), around)
 
     # ---------------------------------------------------------------------------------------------------------------- writing
 
@@ -433,12 +433,17 @@ def visible(block: Tensor, there: Tensor | None = None) -> Tensor:
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to attention logits: (B, Q, K) booleans -> (B, 1, Q, K)."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen.bool(), HIDDEN)[:, None]
+    hidden = max(HIDDEN, torch.finfo(dtype).min)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen.bool(), hidden)[:, None]
 
 
 def flow_times(points: int, device: torch.device | str = "cpu") -> Tensor:
     """The times of sampling, from 0 (noise) to 1 (data), moved towards noise: (points,)."""
-    s = torch.linspace(0, 1, points, device=device)
+    return shifted(torch.linspace(0, 1, points, device=device))
+
+
+def shifted(s: Tensor) -> Tensor:
+    """Times in [0, 1] moved towards noise; 0 and 1 stay."""
     return s / (s + SHIFT - SHIFT * s)
 
 

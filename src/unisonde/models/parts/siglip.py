@@ -80,6 +80,13 @@ def vision_config(width: int, layers: int, heads: int, image_size: int, patch_si
     return SiglipVisionConfig(**settings | others)
 
 
+def sides(config: SiglipVisionConfig) -> tuple[int, int]:
+    """The sides of a picture and of a patch in pixels; `vision_config` makes both squares."""
+    picture, patch = config.image_size, config.patch_size
+    assert isinstance(picture, int) and isinstance(patch, int)
+    return picture, patch
+
+
 SIZES = ("width", "layers", "heads", "image_size", "patch_size")
 """What `vision_config` has to be told."""
 

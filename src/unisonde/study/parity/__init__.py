@@ -14,7 +14,8 @@ from pathlib import Path
 from unisonde.study.parity.fixture import Difference, Fixture
 
 FAMILIES: dict[str, str] = {
-    name: f"unisonde.study.parity.{name}" for name in ("janus_pro", "janusflow", "showo", "showo_magvit", "showo2")
+    name: f"unisonde.study.parity.{name}"
+    for name in ("janus_pro", "janusflow", "showo", "showo_magvit", "showo2", "harmon", "bagel", "omnigen2")
 }
 """Name of a fixture -> the module that checks it. A fixture without arrays of its own (an autoencoder) belongs to its family."""
 

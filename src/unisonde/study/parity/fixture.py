@@ -81,8 +81,12 @@ class Fixture:
         self.fed.add(name)
         return torch.from_numpy(self.arrays[name].copy())
 
-    def compare(self, name: str, ours: Tensor) -> None:
+    def compare(self, name: str, ours: Tensor, unit: float = 1.0) -> None:
         """Hold our value of an array against the official one; of several comparisons of one array the worst counts.
+
+        Args:
+            unit: what the difference is measured in. Another than 1 is for values so large that neighbouring float32 numbers are
+                further apart than the tolerance.
 
         Raises:
             ValueError: the fixture has no such array.
@@ -95,7 +99,7 @@ class Fixture:
         if theirs.shape != value.shape or not np.isfinite(value).all():
             largest = np.inf
         else:
-            largest = float(np.abs(value.astype(np.float64) - theirs.astype(np.float64)).max(initial=0.0))
+            largest = float(np.abs(value.astype(np.float64) - theirs.astype(np.float64)).max(initial=0.0)) / unit
             largest = largest if np.isfinite(largest) else np.inf  # theirs is not finite
         before = self.differences.get(name)
         if before is None or largest > before.largest:

@@ -33,7 +33,7 @@ def config_of(fixture: Fixture) -> Showo2Config:
         latent_channels=raw["image_latent_dim"],
         patch=raw["patch_size"],
         grid=raw["image_latent_height"],
-        window=31,
+        window=fixture.feed("t2i.text_tokens").shape[1],
         semantic_width=siglip["hidden"],
         semantic_ffn=siglip["inter"],
         semantic_layers=siglip["layers"] - 1,  # the last one is left out
