@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 import unisonde
 from unisonde.data.item import Item
@@ -14,7 +15,7 @@ from unisonde.data.tabletop import grammar, judge, render, text_item
 from unisonde.models.parts import wan_vae
 from unisonde.models.showo2 import Showo2
 from unisonde.train.image_codes import pixels_of
-from unisonde.train.showo2 import collate, export, joint_loss, latent_loss, measure, new_twin
+from unisonde.train.showo2 import SQUARE, collate, export, joint_loss, latent_loss, measure, new_twin
 from unisonde.train.tabletop_batches import Example, example
 
 ITEMS = [text_item("composition", "train", 0, k, 1 + k % 3) for k in range(16)]
@@ -82,7 +83,8 @@ def test_the_loss_of_latents_is_that_of_the_decoder_in_use(model) -> None:
     pixels = pixels_of(SCENES[:2])
     posterior = model.vae.encode(pixels[:, :, None]).latent_dist
     with torch.no_grad():
-        trained = model.vae.decoder(model.vae.post_quant_conv(posterior.mode()))[:, :, 0].clamp(-1, 1)
+        squares = model.vae.decoder(model.vae.post_quant_conv(posterior.mode()))
+        trained = unpatchify(squares, SQUARE)[:, :, 0].clamp(-1, 1)
         assert torch.equal(trained, wan_vae.decode(model.vae, wan_vae.encode(model.vae, pixels)))
     assert latent_loss(model.vae, pixels, torch.Generator().manual_seed(0)).ndim == 0
 
