@@ -1,4 +1,4 @@
-"""What a BAGEL twin is shown, its losses and its folder."""
+"""A BAGEL twin learns sixteen Tabletop items by heart in both tasks: right masks, places, experts, templates and sampling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unisonde.data.item import Item
-from unisonde.data.tabletop import grammar, render, text_item
+from unisonde.data.tabletop import grammar, judge, render, text_item
 from unisonde.models.bagel import BEGIN_IMAGE, END_IMAGE, Encoded, normals
 from unisonde.models.parts import flux_vae
 from unisonde.models.parts.bagel_flow import Canvas, Context
@@ -18,10 +18,12 @@ from unisonde.train.bagel import (
     joint_parts,
     measure,
     new_twin,
+    train_autoencoder,
     velocity_of,
 )
 from unisonde.train.image_codes import crowd, pixels_of
-from unisonde.train.tabletop_batches import example
+from unisonde.train.loop import Schedule, fit
+from unisonde.train.tabletop_batches import Example, example
 
 ITEMS = [text_item("composition", "train", 0, k, 1 + k % 3) for k in range(16)]
 SCENES = [item.labels["scene"] for item in ITEMS]
@@ -90,3 +92,36 @@ def test_an_untrained_autoencoder_is_nearly_linear() -> None:
         latents = flux_vae.encode(model.vae, pixels)
         assert latents.std() == pytest.approx(1, abs=1e-3) and latents.mean() == pytest.approx(0, abs=1e-3)
         assert (flux_vae.decode(model.vae, latents) - pixels).abs().max() < 0.05
+
+
+@pytest.mark.slow
+def test_sixteen_items_by_heart(tmp_path, one_thread) -> None:
+    model = new_twin(0)
+
+    def scenes(rng: random.Random) -> list:
+        return rng.sample(SCENES, 4)
+
+    train_autoencoder(model, scenes, Schedule(250, 2e-3, 20, weight_decay=0.0), tmp_path / "autoencoder.pt")
+    with torch.inference_mode():
+        pictures = [model.decode(latents) for latents in flux_vae.encode(model.vae, pixels_of(SCENES))]
+    assert all(judge(picture, scene).exact for picture, scene in zip(pictures, SCENES, strict=True))
+
+    drawings = [Example("draw", item.prompt, scene, None) for item, scene in zip(ITEMS, SCENES, strict=True)]
+    captions = [Example("caption", REQUEST, scene, grammar.describe(scene)) for scene in SCENES]
+
+    def joint_step(step: int) -> torch.Tensor:
+        rng = random.Random(f"joint/{step}")
+        drawn = joint_loss(model, collate(model, rng.sample(drawings, 12), rng))
+        if step % 4:
+            return drawn
+        return drawn + joint_loss(model, collate(model, rng.sample(captions, 8), rng))
+
+    parts = joint_parts(model.network).train()
+    fit("twin", parts, joint_step, Schedule(700, 2e-3, 20, matrix_rate=0.02), tmp_path / "joint.pt", 14)
+    model.network.eval()
+
+    drawn = model.respond(ITEMS, "image", model.defaults("image"))
+    assert all(judge(response.image, scene).exact for response, scene in zip(drawn, SCENES, strict=True))
+    shown = [Item(f"caption-{k}", "", REQUEST, render(scene)) for k, scene in enumerate(SCENES)]
+    written = model.respond(shown, "text", model.defaults("text"))
+    assert [response.text for response in written] == [grammar.describe(scene) for scene in SCENES]
