@@ -144,3 +144,10 @@ def test_a_folder_of_another_kind_of_model_says_so(tmp_path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(ValueError, match="type 'FluxPipeline', which is no known unified family"):
         unisonde.load(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["auto", {"": "cpu"}])
+def test_several_devices_are_for_one_family(folder, device) -> None:
+    for name in (folder, "twin/janus-pro"):
+        with pytest.raises(ValueError, match="runs on one device"):
+            unisonde.load(name, device=device)

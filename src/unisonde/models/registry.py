@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
@@ -132,6 +132,7 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Model:
     name = str(name)
     if name in MODELS:
         entry = MODELS[name]
+        _check_device(device, entry.family, name)
         if not entry.where:
             return _loader(entry.loader)(device=device, dtype=dtype)
         where = str(packaged(entry.where)) if name.startswith("twin/") else entry.where
@@ -145,7 +146,15 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Model:
         where = name
     else:
         raise ValueError(_unknown(name))
-    return _loader(FAMILIES[_family_at(where)])(where, name, device=device, dtype=dtype)
+    family = _family_at(where)
+    _check_device(device, family, name)
+    return _loader(FAMILIES[family])(where, name, device=device, dtype=dtype)
+
+
+def _check_device(device: Any, family: str, name: str) -> None:
+    """Raises ValueError if several devices are asked for where one is taken."""
+    if (device == "auto" or isinstance(device, Mapping)) and family != "bagel":
+        raise ValueError(f"{name} runs on one device, such as cuda:0 or cpu; auto and device maps are for BAGEL; got {device!r}")
 
 
 def _family_at(where: str) -> str:
