@@ -98,7 +98,7 @@ def test_sixteen_items_by_heart(tmp_path, one_thread) -> None:
     def codes_step(step: int) -> torch.Tensor:
         return code_loss(model.image_codes, SCENES[4 * (step % 4) :][:4])
 
-    fit("image codes", model.image_codes.train(), codes_step, Schedule(450, 2e-3, 10, weight_decay=0.0), tmp_path / "codes.pt", 4)
+    fit("image codes", model.image_codes.train(), codes_step, Schedule(800, 2e-3, 10, weight_decay=0.0), tmp_path / "codes.pt", 4)
     model.image_codes.eval()
     with torch.inference_mode():
         assert torch.equal(model.image_codes.encode(pixels_of(SCENES)), codes_of(SCENES, 11))
