@@ -42,6 +42,9 @@ def probe(
     protocol: Annotated[str, typer.Option(help="The numeric choices, by name.")] = "default",
     spans: Annotated[str, typer.Option(help="content, or all: count template positions in.")] = "content",
     step: Annotated[str, typer.Option(help="Of models that sample in many passes: final, clean or all.")] = "final",
+    stack: Annotated[
+        list[str] | None, typer.Option(help="Of models that have several, the stacks that are read; all if not given.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a text response; as published if not given.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; as published if not given.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance; as published if not given.")] = None,
@@ -67,7 +70,7 @@ def probe(
         out,
         limit=limit,
         protocol=protocol,
-        reading=Reading(spans, step),  # type: ignore[arg-type]
+        reading=Reading(spans, step, tuple(stack) if stack else None),  # type: ignore[arg-type]
         generation={"tokens": tokens, "temperature": temperature, "guidance": guidance, "steps": steps},
         seed=seed,
         batch_size=batch_size,
@@ -307,7 +310,7 @@ def _stopped() -> int:
 
 
 STOPPED = 130
-LISTS = ("--task", "--split")
+LISTS = ("--task", "--split", "--stack")
 """Options that take several values after one name: `--task text image`."""
 
 

@@ -328,17 +328,14 @@ def test_the_reading_decides_what_is_run(model) -> None:
 
 
 def test_what_the_paper_leaves_out_can_be_left_out(model) -> None:
-    model.shown = ("mllm",)
-    try:
-        states, drawn = observed(model, PROMPTS[:1], "image", DRAWN)
-        assert {(stack, step) for stack, step, _, _ in states} == {("mllm", "single")}
-        assert [stack.name for stack in model.stacks] == ["mllm"] == model.identity()["stacks"]
-        with pytest.raises(ValueError, match="has the stacks mllm and dit, got llm"):
-            model.shown = ("llm",)
-    finally:
-        model.shown = ("mllm", "dit")
-    assert same(drawn[0], observed(model, PROMPTS[:1], "image", DRAWN)[1][0])
-    assert [stack.name for stack in model.stacks] == ["mllm", "dit"]
+    seen: dict[tuple[str, ...] | None, set[tuple[str, str]]] = {}
+    pictures = {}
+    for stacks in (("mllm",), ("dit",), None):
+        passes = seen[stacks] = set()
+        trace = Trace(lambda s, passes=passes: passes.add((s.stack, s.step)), Reading(step="clean", stacks=stacks))
+        pictures[stacks] = model.respond(PROMPTS[:1], "image", DRAWN, 5, trace)[0]
+    assert seen == {("mllm",): {("mllm", "single")}, ("dit",): {("dit", "clean")}, None: {("mllm", "single"), ("dit", "clean")}}
+    assert same(pictures["mllm",], pictures[None]) and same(pictures["dit",], pictures[None])
 
 
 def test_measurements_tell_the_stacks_apart(model) -> None:

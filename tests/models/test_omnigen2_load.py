@@ -176,10 +176,6 @@ def test_the_scheduler_says_whether_times_are_moved(tmp_path) -> None:
         opened(folder)
 
 
-def test_the_paper_s_reading_can_be_asked_for(tmp_path) -> None:
-    assert [stack.name for stack in opened(write(tmp_path / "model", weights()), shown=("mllm",)).stacks] == ["mllm"]
-
-
 @pytest.mark.parametrize(
     ("part", "change", "said"),
     [

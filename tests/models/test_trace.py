@@ -371,3 +371,20 @@ def test_a_pass_without_a_trace_is_run_all_the_same() -> None:
     with recorded(Trace(seen.append), stack, rows, "final"):
         body(states)
     assert [s.step for s in seen] == ["final"] * (stack.depth + 2)
+
+
+def test_a_reading_of_some_stacks() -> None:
+    stacks = (Stack("one", (torch.nn.Identity(),)), Stack("two", (torch.nn.Identity(),)))
+    seen: list[str] = []
+    trace = Trace(lambda states: seen.append(states.stack), Reading(stacks=("two",)))
+    for stack in stacks:
+        with trace.record(stack, [Row(0, (Span(0, 2, "prompt", "text"),))]):
+            stack.layers[0](torch.zeros(1, 2, 3))
+    assert seen == ["two", "two"] and trace.wants("single", "two") and not trace.wants("single", "one")
+    assert Reading().digest() == Reading(stacks=None).digest() != Reading(stacks=("two",)).digest()
+    Reading(stacks=("two",)).check("toy", stacks)
+    with pytest.raises(ValueError, match="toy has no stack three; it has one, two"):
+        Reading(stacks=("three", "two")).check("toy", stacks)
+    for wrong in ("two", ()):
+        with pytest.raises(ValueError, match="tuple of names of stacks"):
+            Reading(stacks=wrong)  # type: ignore[arg-type]

@@ -15,11 +15,11 @@ a response token is the input, in one teacher-forced pass over prompt and respon
 `dit`: the 32 joint layers of the diffusion transformer, at each evaluation of the velocity, `0000`, `0001`, ..., `final`, the last (at
 t = 0.94 of the 50 published ones), and `clean`, one more on the finished latents at t = 1, which sampling never makes. The paper that
 unisonde follows (arXiv 2604.10949) leaves OmniGen2's layer-wise response out: no layer of the language model holds one. Here it is
-defined where prompt and response share a width: prompt states are the text part of the joint sequence, one position for each token of
-the prompt, and response states its image part. Attention goes both ways, so these prompt states change from step to step, and are
-recorded with each. `shown=("mllm",)` leaves out what the paper leaves out. The refiners before the joint layers are not shown. Layer
-33 is the state after the last norm, which the time scales. Marks and roles of the template are template in both stacks. Of guidance
-the conditional branch is read.
+defined where prompt and response share a width: prompt states are the text part of the joint sequence, one position for each token
+of the prompt, and response states its image part. Attention goes both ways, so these prompt states change from step to step, and
+are recorded with each. `Reading(stacks=("mllm",))` leaves out what the paper leaves out. The refiners before the joint layers are
+not read. Layer 33 is the state after the last norm, which the time scales. Marks and roles of the template are template in both
+stacks. Of guidance the conditional branch is read.
 
 Noise, latents and times stay in float32 whatever the weights are in; the published loop rounds them with the weights.
 """
@@ -27,7 +27,7 @@ Noise, latents and times stay in float32 whatever the weights are in; the publis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from unisonde.models.parts.prompts import check_marks, check_prompt, check_words
 from unisonde.models.parts.sampling import normals
 from unisonde.models.parts.segments import Segment, content, encode, template
 from unisonde.models.parts.text import Written, cut_to_window, pad, write_text
-from unisonde.models.trace import Row, Span, Stack, Trace
+from unisonde.models.trace import Row, Span, Stack, Trace, recorded
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"
 BEGIN_IMAGE, END_IMAGE, IMAGE = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
@@ -68,7 +68,6 @@ NEGATIVE = (
 WINDOW = 1024
 """The most tokens of a prompt to be drawn, its template counted."""
 
-STACKS = ("mllm", "dit")
 
 PIPELINES = ("OmniGen2Pipeline", "OmniGen2ChatPipeline")
 """What a published model_index.json says that it is."""
@@ -131,10 +130,9 @@ class OmniGen2(Model):
         system: the system prompt; none if empty.
         generation: sampling settings a task, where they differ from the published ones.
         drawing: the rest of how pictures are drawn.
-        shown: the stacks whose states a trace is shown. The paper's reading is `("mllm",)`.
 
     Raises:
-        ValueError: the parts do not fit each other, or no such stack exists.
+        ValueError: the parts do not fit each other.
     """
 
     family = "omnigen2"
@@ -152,7 +150,6 @@ class OmniGen2(Model):
         system: str = SYSTEM,
         generation: dict[Task, Generation] | None = None,
         drawing: Drawing | None = None,
-        shown: Sequence[str] = STACKS,
     ) -> None:
         text = language_model.config.get_text_config()
         if text.hidden_size != transformer.config.text_feat_dim:
@@ -171,7 +168,6 @@ class OmniGen2(Model):
         self.source = source
         self.system = system
         self.drawing = drawing or Drawing()
-        self.shown = shown
         self._stacks = (find_stack(language_model, "mllm"), transformer.stack)
         self._defaults: dict[Task, Generation] = {
             "text": Generation(tokens=256, temperature=published(language_model).temperature),
@@ -193,18 +189,7 @@ class OmniGen2(Model):
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        return tuple(stack for stack in self._stacks if stack.name in self.shown)
-
-    @property
-    def shown(self) -> tuple[str, ...]:
-        """The stacks whose states a trace is shown; may be set."""
-        return self._shown
-
-    @shown.setter
-    def shown(self, names: Sequence[str]) -> None:
-        if not names or set(names) - set(STACKS):
-            raise ValueError(f"OmniGen2 has the stacks {' and '.join(STACKS)}, got {', '.join(names) or 'none'}")
-        self._shown = tuple(names)
+        return self._stacks
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -230,7 +215,7 @@ class OmniGen2(Model):
 
     def identity(self) -> dict[str, Any]:
         drawing = {**vars(self.drawing), "interval": list(self.drawing.interval)}
-        return super().identity() | {"stacks": list(self.shown), "drawing": drawing}
+        return super().identity() | {"drawing": drawing}
 
     # ------------------------------------------------------------------------------------------------------------- prompts
 
@@ -289,7 +274,7 @@ class OmniGen2(Model):
         # One by one: pictures differ in size, and the published settings look back at the prompt, of which padding is no part.
         for k, prompt in enumerate(prompts):
             written = self.write(prompt, generation, seeds[k])
-            if trace is not None and "mllm" in self.shown:
+            if trace is not None and trace.wants("single", "mllm"):
                 with trace.record(self._stacks[0], [Row(k, prompt.spans + written.spans(len(prompt.ids)))]):
                     self.read(prompt, written.ids)
             responses.append(written.response(prompt.flags))
@@ -329,21 +314,15 @@ class OmniGen2(Model):
         def around(step: int) -> AbstractContextManager[Any]:
             name = "final" if step == steps - 1 else f"{step:04d}"
             unread = count * guides(step, steps, generation.guidance or 1.0, self.drawing.interval)
-            return self._record(trace, "dit", [*rows, *[None] * unread], name)
+            return recorded(trace, self._stacks[1], [*rows, *[None] * unread], name)
 
         noise = normals(seeds, self.latent).to(self.device)
         times = flow_times(steps, self.latent[1] * self.latent[2], self.drawing.shift)
         latents = transformer.draw(texts, negative * count, noise, times, generation.guidance, self.drawing.interval, around)
-        if trace is not None and trace.wants("clean") and "dit" in self.shown:
-            with self._record(trace, "dit", rows, "clean"):
+        if trace is not None and trace.wants("clean", "dit"):
+            with trace.record(self._stacks[1], rows, "clean"):
                 transformer.velocity(texts, latents, torch.ones(count))
         return latents
-
-    def _record(self, trace: Trace | None, name: str, rows: Sequence[Row | None], step: str) -> AbstractContextManager[None]:
-        """The recording of one pass of a stack, if anybody is to see it."""
-        if trace is None or name not in self.shown:
-            return nullcontext()
-        return trace.record(self._stacks[STACKS.index(name)], rows, step)
 
     def texts(self, prompts: Sequence[Encoded], guide: bool, trace: Trace | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """What the diffusion transformer takes of the prompts, and of the negative prompt if there is guidance."""
@@ -352,7 +331,7 @@ class OmniGen2(Model):
             sequences.append(encode(self.tokenizer, self.segments(Item("", "", self.drawing.negative), "image"), special=False)[0])
         ids, there = pad(sequences, self.pad_id, "right")
         rows = [*(Row(k, p.spans) for k, p in enumerate(prompts)), *[None] * guide]
-        with self._record(trace, "mllm", rows, "single"):
+        with recorded(trace, self._stacks[0], rows):
             features = mllm.states(self.network.mllm, ids.to(self.device), there.to(self.device))
         read = self.network.transformer.read(features, [len(sequence) for sequence in sequences])
         return read[: len(prompts)], read[len(prompts) :]
@@ -379,7 +358,6 @@ def load(
     name: str,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    shown: Sequence[str] = STACKS,
 ) -> OmniGen2:
     """The OmniGen2 of a local folder or hub id, in the layout of `OmniGen2/OmniGen2`: that of `diffusers`.
 
@@ -388,7 +366,6 @@ def load(
     Args:
         dtype: of the language model and the diffusion transformer; bfloat16 on a GPU and float32 on a CPU if None. The autoencoder is
             always float32.
-        shown: the stacks whose states a trace is shown.
 
     Raises:
         ValueError: a file is missing or damaged, or the hub cannot be reached; the sentence names the file.
@@ -427,7 +404,6 @@ def load(
         SYSTEM if system is None else system,
         generation,
         drawing,
-        shown,
     )
 
 

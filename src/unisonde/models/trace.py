@@ -16,7 +16,6 @@ Rows that nobody reads (the unconditional half of guidance) are `None`.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -54,19 +53,34 @@ class Reading:
         spans: `content`, or `all` to count template positions (BOS, role names, begin-of-image marks, ...) in.
         step: of models that sample an image in many passes: the last step of sampling, one more pass on the finished image, or
             all of them. Of others this says nothing: their one pass is `single`.
+        stacks: names of the stacks that are read, of models that have several; all of them if None.
     """
 
     spans: Literal["content", "all"] = "content"
     step: Literal["final", "clean", "all"] = "final"
+    stacks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.spans not in ("content", "all"):
             raise ValueError(f'Reading.spans is "content" or "all", got {self.spans!r}')
         if self.step not in ("final", "clean", "all"):
             raise ValueError(f'Reading.step is "final", "clean" or "all", got {self.step!r}')
+        if self.stacks is not None and (isinstance(self.stacks, str) or not self.stacks):
+            raise ValueError(f"Reading.stacks is a tuple of names of stacks, or None for all, got {self.stacks!r}")
 
-    def to_dict(self) -> dict[str, str]:
-        return dataclasses.asdict(self)
+    def check(self, name: str, stacks: Sequence[Stack]) -> None:
+        """Refuse a reading of stacks that the model `name` has not.
+
+        Raises:
+            ValueError: there is such a stack.
+        """
+        known = [stack.name for stack in stacks]
+        if unknown := sorted(set(self.stacks or ()) - set(known)):
+            raise ValueError(f"{name} has no stack {', '.join(unknown)}; it has {', '.join(known)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        held = {"spans": self.spans, "step": self.step}
+        return held if self.stacks is None else held | {"stacks": sorted(self.stacks)}
 
     def digest(self) -> str:
         """A short hash that is stored with every number."""
@@ -145,9 +159,10 @@ class Trace:
         self.observe = observe
         self.reading = reading or Reading()
 
-    def wants(self, step: str) -> bool:
-        """Whether the reading takes this step: `single` always, others as `Reading.step` says."""
-        return step == "single" or self.reading.step in ("all", step)
+    def wants(self, step: str, stack: str | None = None) -> bool:
+        """Whether the reading takes this step, of this stack: `single` always, others as `Reading.step` says."""
+        read = stack is None or self.reading.stacks is None or stack in self.reading.stacks
+        return read and (step == "single" or self.reading.step in ("all", step))
 
     @contextmanager
     def record(
@@ -167,7 +182,7 @@ class Trace:
         Raises:
             RuntimeError: the pass ran a layer twice or never, or gave another number of rows.
         """
-        if not self.wants(step):
+        if not self.wants(step, stack.name):
             yield
             return
         seen: set[int] = set()

@@ -101,6 +101,7 @@ def probe(
     for number in reversed(range(len(wanted))):
         model = model_of(number)
         identities.insert(0, model.identity())
+        reading.check(model.name, model.stacks)
         own = [t for t in tasks if t in model.tasks]
         if not own:
             model.check_task(tasks[0])
