@@ -9,9 +9,7 @@ a map that is nearly linear, from colours to latents and back.
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,12 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unisonde.data.item import Item, Task
 from unisonde.data.tabletop.scene import Scene
-from unisonde.models.bagel import BOS, EOS, LLM, OWN, SPECIAL_TOKENS, VIT, Bagel, Encoded, arrange, read_rows
+from unisonde.models.bagel import BOS, EOS, LLM, SPECIAL_TOKENS, VIT, Bagel, Encoded, arrange, read_rows
 from unisonde.models.base import Generation
 from unisonde.models.parts import flux_vae
 from unisonde.models.parts.bagel_flow import Guidance, shifted
@@ -32,6 +29,7 @@ from unisonde.models.parts.bagel_network import BagelNetwork, squares, twin
 from unisonde.models.parts.flux_vae import FluxVaeConfig
 from unisonde.models.parts.segments import spans_of
 from unisonde.models.trace import Span
+from unisonde.train.export import new_folder, save_json, save_own, save_weights
 from unisonde.train.image_codes import pixels_of
 from unisonde.train.loop import Effort, Schedule, fit
 from unisonde.train.tabletop_batches import Example, word_tokenizer
@@ -296,30 +294,12 @@ def export(model: Bagel, out: Path, record: dict[str, Any] | None = None) -> Non
     Raises:
         ValueError: `out` already holds files.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds files; name another folder, or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     autoencoder = replace(AUTOENCODER, scale=model.vae.config.scaling_factor, shift=model.vae.config.shift_factor)
-    for file, tensors in (
-        ("ema.safetensors", model.network.state_dict()),
-        (flux_vae.FILE, flux_vae.official_tensors(model.vae, autoencoder)),
-    ):
-        halved = {key: tensor.half().contiguous() for key, tensor in tensors.items()}
-        save_file(halved, partial / file, metadata={"format": "pt"})
-    model.tokenizer.save_pretrained(partial)
     llm, vit, sizes = model.config.to_dicts()
-    settings = {
-        "family": model.family,
-        "sizes": sizes,
-        "autoencoder": asdict(autoencoder),
-        "generation": {task: asdict(model.defaults(task)) for task in model.tasks},
-        "guidance": asdict(model.guidance),
-    }
-    held = {LLM: llm, VIT: vit, "config.json": {"name": [model.name]}, OWN: settings}
-    for name, values in (held | ({} if record is None else {"training.json": record})).items():
-        (partial / name).write_text(json.dumps(values, indent=1) + "\n")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out) as folder:
+        save_weights(model.network.state_dict(), folder / "ema.safetensors")
+        save_weights(flux_vae.official_tensors(model.vae, autoencoder), folder / flux_vae.FILE)
+        model.tokenizer.save_pretrained(folder)
+        for name, held in {LLM: llm, VIT: vit, "config.json": {"name": [model.name]}}.items():
+            save_json(held, folder / name)
+        save_own(model, folder, record, sizes=sizes, autoencoder=asdict(autoencoder), guidance=asdict(model.guidance))

@@ -7,16 +7,14 @@ tokenizer of Emu3 is always in evaluation mode.
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Emu3ForConditionalGeneration
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
@@ -28,6 +26,7 @@ from unisonde.models.base import Generation
 from unisonde.models.emu3 import BOS, EOS, PAD, SPECIAL_TOKENS, Emu3, code_word, twin
 from unisonde.models.parts.segments import Segment, encode
 from unisonde.models.parts.text import pad
+from unisonde.train.export import new_folder, save_own, save_weights
 from unisonde.train.image_codes import GRID, PATCH, crowd, patch_codes, pixels_of
 from unisonde.train.loop import Effort, Schedule, fit
 from unisonde.train.tabletop_batches import Example, word_tokenizer
@@ -223,27 +222,15 @@ def joint_loss(model: Emu3, batch: Batch) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------- writing
 
 
-def export(model: Emu3, out: Path, record: dict | None = None) -> None:
+def export(model: Emu3, out: Path, record: dict[str, Any] | None = None) -> None:
     """Write a folder that `unisonde.load` opens: weights in float16, configuration, tokenizer, image processor, settings, record.
 
     Raises:
         ValueError: `out` already holds files.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds files; name another folder, or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.network.config.save_pretrained(partial)
-    model.tokenizer.save_pretrained(partial)
-    model.image_processor.save_pretrained(partial)
-    weights = {k: (t.half() if t.is_floating_point() else t).contiguous() for k, t in model.network.state_dict().items()}
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    settings = {key: getattr(model, key) for key in ("family", "system", "positive", "negative", "area")}
-    settings["generation"] = {t: asdict(model.defaults(t)) for t in model.tasks}
-    (partial / "unisonde.json").write_text(json.dumps(settings, indent=1) + "\n")
-    if record is not None:
-        (partial / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out) as folder:
+        model.network.config.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        model.image_processor.save_pretrained(folder)
+        save_weights(model.network.state_dict(), folder / "model.safetensors")
+        save_own(model, folder, record, **{name: getattr(model, name) for name in ("system", "positive", "negative", "area")})

@@ -8,19 +8,16 @@ The autoencoder keeps the grid of pixels, for pictures as small as these show si
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unisonde.data.item import Item, Task
@@ -29,6 +26,7 @@ from unisonde.models.harmon import ASKED, END, SPECIAL_TOKENS, START, Encoded, H
 from unisonde.models.parts.harmon_network import Drawing, HarmonNetwork, twin
 from unisonde.models.parts.text import pad
 from unisonde.models.parts.token_diffusion import TRAINED_STEPS, NoiseSchedule, TokenDiffusion
+from unisonde.train.export import new_folder, save_json, save_own, save_weights
 from unisonde.train.image_codes import crowd, pixels_of
 from unisonde.train.loop import Effort, Schedule, fit
 from unisonde.train.tabletop_batches import Example, word_tokenizer
@@ -344,23 +342,12 @@ def export(model: Harmon, out: Path, record: dict[str, Any] | None = None) -> No
     Raises:
         ValueError: `out` already holds files.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds files; name another folder, or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "vae").mkdir(parents=True)
     weights = model.network.state_dict()
     del weights["llm.lm_head.weight"]  # the embedding
-    for tensors, file in ((weights, "model"), (model.vae.state_dict(), "vae/diffusion_pytorch_model")):
-        halved = {key: tensor.half().contiguous() for key, tensor in tensors.items()}
-        save_file(halved, partial / f"{file}.safetensors", metadata={"format": "pt"})
-    (partial / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
-    model.vae.save_config(partial / "vae")
-    model.tokenizer.save_pretrained(partial)
-    settings = {"family": model.family, "generation": {task: asdict(model.defaults(task)) for task in model.tasks}}
-    (partial / "unisonde.json").write_text(json.dumps(settings, indent=1) + "\n")
-    if record is not None:
-        (partial / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out, "vae") as folder:
+        save_weights(weights, folder / "model.safetensors")
+        save_json(model.config.to_dict(), folder / "config.json")
+        save_weights(model.vae.state_dict(), folder / "vae/diffusion_pytorch_model.safetensors")
+        model.vae.save_config(folder / "vae")
+        model.tokenizer.save_pretrained(folder)
+        save_own(model, folder, record)

@@ -7,18 +7,15 @@ by but the prompt. Some drawings are learnt without one, masked as guidance mask
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unisonde.data.item import Item, Task
@@ -41,6 +38,7 @@ from unisonde.models.parts.segments import encode
 from unisonde.models.parts.siglip import Pictures
 from unisonde.models.parts.text import pad
 from unisonde.models.trace import Span
+from unisonde.train.export import new_folder, save_json, save_own, save_weights
 from unisonde.train.image_codes import pixels_of
 from unisonde.train.loop import Effort, Schedule, fit
 from unisonde.train.tabletop_batches import Example, word_tokenizer
@@ -282,28 +280,17 @@ def official_tensors(network: JanusFlowNetwork) -> dict[str, Tensor]:
     return official
 
 
-def export(model: JanusFlow, out: Path, record: dict[str, Any]) -> None:
+def export(model: JanusFlow, out: Path, record: dict[str, Any] | None = None) -> None:
     """Write a folder that `unisonde.load` opens, in the published layout, with the autoencoder in `vae/`; weights in float16.
 
     Raises:
         ValueError: `out` already holds files.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds files; name another folder, or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "vae").mkdir(parents=True)
-    for file, held in (("config.json", model.network.config), ("preprocessor_config.json", model.pictures)):
-        (partial / file).write_text(json.dumps(held.to_dict(), indent=1) + "\n")
-    model.tokenizer.save_pretrained(partial)
-    model.autoencoder.save_config(partial / "vae")
-    weights = {"model": official_tensors(model.network), "vae/diffusion_pytorch_model": model.autoencoder.state_dict()}
-    for file, tensors in weights.items():
-        halved = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
-        save_file(halved, partial / f"{file}.safetensors", metadata={"format": "pt"})
-    settings = {"family": model.family, "system": model.system, "generation": {t: asdict(model.defaults(t)) for t in model.tasks}}
-    for file, settled in (("unisonde.json", settings), ("training.json", record)):
-        (partial / file).write_text(json.dumps(settled, indent=1) + "\n")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out, "vae") as folder:
+        save_json(model.network.config.to_dict(), folder / "config.json")
+        save_json(model.pictures.to_dict(), folder / "preprocessor_config.json")
+        model.tokenizer.save_pretrained(folder)
+        model.autoencoder.save_config(folder / "vae")
+        save_weights(official_tensors(model.network), folder / "model.safetensors")
+        save_weights(model.autoencoder.state_dict(), folder / "vae/diffusion_pytorch_model.safetensors")
+        save_own(model, folder, record, system=model.system)

@@ -10,9 +10,7 @@ published way down and up (strided, then nearest neighbours) would blur.
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -49,6 +46,7 @@ from unisonde.models.parts.omnigen2_network import OmniGen2Config, OmniGen2Trans
 from unisonde.models.parts.prompts import picture_places
 from unisonde.models.parts.segments import encode
 from unisonde.models.parts.text import pad
+from unisonde.train.export import new_folder, save_json, save_own, save_weights
 from unisonde.train.image_codes import crowd, pixels_of
 from unisonde.train.loop import Effort, Schedule, fit
 from unisonde.train.tabletop_batches import Example, word_tokenizer
@@ -378,40 +376,22 @@ def export(model: OmniGen2, out: Path, record: dict[str, Any] | None = None) -> 
     Raises:
         ValueError: `out` already holds files.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds files; name another folder, or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder in ("mllm", "transformer", "vae", "scheduler", "processor"):
-        (partial / folder).mkdir(parents=True)
     network = model.network
-    for file, tensors in (
-        ("mllm/model", network.mllm.state_dict()),
-        (f"transformer/{WEIGHTS}", network.transformer.state_dict()),
-        (f"vae/{WEIGHTS}", model.vae.state_dict()),
-    ):
-        halved = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
-        save_file(halved, partial / f"{file}.safetensors", metadata={"format": "pt"})
-    network.mllm.config.save_pretrained(partial / "mllm")
-    network.mllm.generation_config.save_pretrained(partial / "mllm")
-    model.vae.save_config(partial / "vae")
-    model.tokenizer.save_pretrained(partial / "processor")
-    drawing = {name: value for name, value in asdict(model.drawing).items() if name != "shift"}
-    settings = {
-        "family": model.family,
-        "system": model.system,
-        "generation": {task: asdict(model.defaults(task)) for task in model.tasks},
-        "drawing": drawing,
-    }
-    held = {
-        "model_index.json": {"_class_name": "OmniGen2Pipeline"},
-        "transformer/config.json": network.transformer.config.to_dict(),
-        "scheduler/scheduler_config.json": {"_class_name": SCHEDULER, "dynamic_time_shift": model.drawing.shift},
-        "processor/preprocessor_config.json": PICTURES,
-        "unisonde.json": settings,
-    } | ({} if record is None else {"training.json": record})
-    for file, values in held.items():
-        (partial / file).write_text(json.dumps(values, indent=1) + "\n")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out, "mllm", "transformer", "vae", "scheduler", "processor") as folder:
+        for part, file in (
+            (network.mllm, "mllm/model"),
+            (network.transformer, f"transformer/{WEIGHTS}"),
+            (model.vae, f"vae/{WEIGHTS}"),
+        ):
+            save_weights(part.state_dict(), folder / f"{file}.safetensors")
+        network.mllm.config.save_pretrained(folder / "mllm")
+        network.mllm.generation_config.save_pretrained(folder / "mllm")
+        model.vae.save_config(folder / "vae")
+        model.tokenizer.save_pretrained(folder / "processor")
+        save_json({"_class_name": "OmniGen2Pipeline"}, folder / "model_index.json")
+        save_json(network.transformer.config.to_dict(), folder / "transformer/config.json")
+        scheduler = {"_class_name": SCHEDULER, "dynamic_time_shift": model.drawing.shift}
+        save_json(scheduler, folder / "scheduler/scheduler_config.json")
+        save_json(PICTURES, folder / "processor/preprocessor_config.json")
+        drawing = {name: value for name, value in asdict(model.drawing).items() if name != "shift"}
+        save_own(model, folder, record, system=model.system, drawing=drawing)

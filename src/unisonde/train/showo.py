@@ -8,19 +8,17 @@ order; of the covers, those that look alike have like signs.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unisonde.data.item import Task
@@ -32,6 +30,7 @@ from unisonde.models.parts.magvit2 import Magvit2
 from unisonde.models.parts.showo_network import Showo, twin
 from unisonde.models.parts.text import pad
 from unisonde.models.showo import Drawing, Encoded, ShowO
+from unisonde.train.export import new_folder, save_json, save_own, save_weights
 from unisonde.train.image_codes import PATCH, crowd, patch_codes, pixels_of
 from unisonde.train.loop import Effort, Schedule, fit
 from unisonde.train.tabletop_batches import Example, word_tokenizer
@@ -249,29 +248,16 @@ def joint_loss(model: ShowO, batch: Batch) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------- writing
 
 
-def export(model: ShowO, out: Path, record: dict | None = None) -> None:
+def export(model: ShowO, out: Path, record: dict[str, Any] | None = None) -> None:
     """Write a folder that `unisonde.load` opens, in the published layout: weights in float16, the image tokenizer in `magvitv2/`.
 
     Raises:
         ValueError: `out` already holds files.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds files; name another folder, or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder, network, config in (
-        (partial, model.network, model.config.to_dict()),
-        (partial / "magvitv2", model.image_codes, model.image_codes.config.to_dict()),
-    ):
-        folder.mkdir(parents=True)
-        weights = {k: (t.half() if t.is_floating_point() else t).contiguous() for k, t in network.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    model.tokenizer.save_pretrained(partial)
-    settings = {"family": model.family, "generation": {t: asdict(model.defaults(t)) for t in model.tasks}}
-    (partial / "unisonde.json").write_text(json.dumps(settings, indent=1) + "\n")
-    if record is not None:
-        (partial / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out, "magvitv2") as folder:
+        save_weights(model.network.state_dict(), folder / "model.safetensors")
+        save_json(model.config.to_dict(), folder / "config.json")
+        save_weights(model.image_codes.state_dict(), folder / "magvitv2/model.safetensors")
+        save_json(model.image_codes.config.to_dict(), folder / "magvitv2/config.json")
+        model.tokenizer.save_pretrained(folder)
+        save_own(model, folder, record)
