@@ -153,7 +153,7 @@ WINDOWS: dict[int, int] = {27: 1024, 32: 1280, 64: 4352}
 
 
 def twin(vocabulary: int) -> Showo2Config:
-    """The configuration of the twin: 32 x 32 pictures as 24 x 8 x 8 latents, 4 x 4 tokens; 2.57 million parameters."""
+    """The configuration of the twin: 32 x 32 pictures as 24 x 8 x 8 latents, a token each; about 2.5 million parameters."""
     return Showo2Config(
         hidden=160,
         ffn=368,
