@@ -27,6 +27,19 @@ def test_every_size_becomes_the_square(size: tuple[int, int]) -> None:
     assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32 and (pixels == 1).all()
 
 
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_long_strip_is_cut_before_it_is_blown_up(upright: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    grey = np.zeros((2, 9001, 3), np.uint8)
+    grey[:, 4499:4502] = 255  # the middle three
+    picture = Image.fromarray(grey.transpose(1, 0, 2).copy() if upright else grey)
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: sizes.append(size) or resize(self, size, *rest))
+    pixels = centre_square(picture, 32)
+    assert pixels.shape == (3, 32, 32) and max(sizes[0]) <= 65 * 32
+    assert (pixels[0].T if upright else pixels[0])[:, 15:17].min() == 1
+
+
 def test_levels_come_back() -> None:
     """All 256 levels survive the way there and back, rounded or cut."""
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)

@@ -343,12 +343,9 @@ class Bagel(Model):
 
     def read(self, prompts: Sequence[Encoded], responses: Sequence[list[int]], features: Sequence[Tensor]) -> Tensor:
         """The teacher-forced pass over prompts and text responses: states after the last norm, (B, L, D), padded on the right."""
-        ids = [p.ids + tail for p, tail in zip(prompts, responses, strict=True)]
-        tails = [
-            (Span(len(p.ids), len(p.ids) + len(tail), "response", "text"),) for p, tail in zip(prompts, responses, strict=True)
-        ]
-        layouts = [p.layout(tail) for p, tail in zip(prompts, tails, strict=True)]
-        return read_rows(self.network, ids, layouts, features, self.marks.eos, "right")[0]
+        pairs = list(zip(prompts, responses, strict=True))
+        layouts = [p.layout((Span(len(p.ids), len(p.ids) + len(tail), "response", "text"),)) for p, tail in pairs]
+        return read_rows(self.network, [p.ids + tail for p, tail in pairs], layouts, features, self.marks.eos, "right")[0]
 
     def write(
         self, prompts: Sequence[Encoded], features: Sequence[Tensor], generation: Generation, seeds: Sequence[int]
@@ -438,25 +435,12 @@ class Bagel(Model):
             _, whole = read_rows(
                 self.network, [p.ids for p in prompts], [p.layout() for p in prompts], features, self.marks.eos, "right"
             )
-        ends = [[s.stop for s in p.spans if s.modality == "image"][-1] + 1 for p in prompts]
-        shown = [spans_of(_held(p.spans)[:end]) for p, end in zip(prompts, ends, strict=True)]
-        told = [spans_of(_held(p.spans)[end:]) for p, end in zip(prompts, ends, strict=True)]
-        _, without_text = read_rows(
-            self.network,
-            [p.ids[:end] for p, end in zip(prompts, ends, strict=True)],
-            [arrange(spans, 1) for spans in shown],
-            features,
-            self.marks.eos,
-            "right",
-        )
-        _, without_image = read_rows(
-            self.network,
-            [p.ids[end:] for p, end in zip(prompts, ends, strict=True)],
-            [arrange(spans) for spans in told],
-            [],
-            self.marks.eos,
-            "right",
-        )
+        # Each prompt is cut behind its picture, which is what is left without the text; what follows is left without the picture.
+        cuts = [(p, [s.stop for s in p.spans if s.modality == "image"][-1] + 1) for p in prompts]
+        shown = [arrange(spans_of(_held(p.spans)[:cut]), 1) for p, cut in cuts]
+        told = [arrange(spans_of(_held(p.spans)[cut:])) for p, cut in cuts]
+        _, without_text = read_rows(self.network, [p.ids[:cut] for p, cut in cuts], shown, features, self.marks.eos, "right")
+        _, without_image = read_rows(self.network, [p.ids[cut:] for p, cut in cuts], told, [], self.marks.eos, "right")
         return Contexts(whole, without_text, without_image)
 
     def taken_in(self, pixels: Tensor, seed: int) -> Tensor:

@@ -162,13 +162,14 @@ class Model(ABC):
         return response.image if response.image is not None else str(response.text)
 
     def identity(self) -> dict[str, Any]:
-        """What makes this model this model, for `run.json`: name, family, parameters, number format, weights."""
+        """What makes this model this model, for `run.json`: name, family, parameters, number format, weights, vocabulary."""
         return {
             "name": self.name,
             "family": self.family,
             "parameters": sum(p.numel() for network in self.networks for p in network.parameters()),
             "dtype": str(next(self.module.parameters()).dtype).removeprefix("torch."),
             "weights": fingerprint(self.source) if self.source else None,
+            "tokenizer": vocabulary(self.tokenizer) if hasattr(self, "tokenizer") else None,
         } | ({"apart": [sample(network) for network in self.networks[1:]]} if len(self.networks) > 1 else {})
 
 
@@ -183,6 +184,12 @@ def sample(network: torch.nn.Module) -> str:
         few = flat[torch.linspace(0, max(0, len(flat) - 1), min(64, len(flat))).long().to(flat.device)]
         h.update(f"{name} {tuple(tensor.shape)}\n".encode() + few.double().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
+
+
+def vocabulary(tokenizer: Any) -> str:
+    """A short hash of a tokenizer's words and marks with their numbers. Some families take theirs from another publisher's files."""
+    words = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([words, sorted(map(str, tokenizer.all_special_tokens))]).encode()).hexdigest()[:16]
 
 
 FINGERPRINTED = (".json", ".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".model", ".jinja", ".gguf")

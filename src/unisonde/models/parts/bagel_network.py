@@ -151,7 +151,7 @@ class BagelConfig:
 
 
 def twin(vocabulary: int) -> BagelConfig:
-    """The configuration of the twin: 32 x 32 pictures, seen and drawn as 8 x 8 tokens; 2.6 million parameters."""
+    """The configuration of the twin: 32 x 32 pictures, seen and drawn as 8 x 8 tokens; 2.2 million parameters."""
     return BagelConfig(
         hidden=160,
         ffn=320,

@@ -7,11 +7,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+STRIP = 64
+"""Of a picture that is more times as long as wide, the ends are cut off first: a line of one pixel by 100,000 is not blown up whole."""
+
 
 def centre_square(picture: Image.Image, side: int) -> Tensor:
     """The middle of an RGB picture: the shorter side resized to `side` (bicubic), the rest cut off; (3, side, side) in [-1, 1]."""
     width, height = picture.size
     short = min(width, height)
+    if max(width, height) > STRIP * short:
+        across, down = (max(0, length - STRIP * short) // 2 for length in (width, height))
+        picture = picture.crop((across, down, width - across, height - down))
+        width, height = picture.size
     scaled = (side * width // short, side * height // short)
     if scaled != picture.size:
         picture = picture.resize(scaled, Image.Resampling.BICUBIC)

@@ -71,7 +71,13 @@ def load_network(
             "model.safetensors",
             # Tensors of another shape are to be found among what is told of the loading, and not in an error of many lines.
             lambda: auto.from_pretrained(
-                path, dtype=kind, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                path,
+                dtype=kind,
+                device_map={"": device},  # each tensor goes there as it is read, and none is held on the CPU meanwhile
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
             ),
         )
     for key, held, wanted in sorted(found["mismatched_keys"]):
@@ -83,7 +89,7 @@ def load_network(
     if strict and (over := sorted(found["unexpected_keys"])):
         more = f" and {len(over) - 5} more" if len(over) > 5 else ""
         raise ValueError(f"the weights of {path!r} hold {', '.join(over[:5])}{more}, which {type(network).__name__} has not")
-    return network.to(device).eval()
+    return network.eval()
 
 
 def load_tokenizer(path: str) -> Any:
