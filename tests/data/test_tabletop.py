@@ -175,11 +175,11 @@ def evaluate(scene: Scene, question: grammar.Question) -> str | None:
 
 
 def named_in(said: str) -> tuple[Thing, ...] | None:
-    """The things that an answer says the question is about."""
-    found = re.search(r"this is about (.*?)\.", said)
-    if found is None:
+    """The things that an answer looks at before it concludes; None if it describes the picture."""
+    if said.startswith("the picture shows "):
         return None
-    things = re.findall(r"the (\w+) (\w+) (\w+) at the (\w+) (\w+)", found.group(1))
+    assert said.startswith("this is about ")
+    things = re.findall(r"the (\w+) (\w+) (\w+) at the (\w+) (\w+)", said)
     return tuple(Thing(ROWS.index(row), COLUMNS.index(column), s, c, z) for z, c, s, row, column in things)
 
 
@@ -206,9 +206,9 @@ def test_answers_are_right_and_among_the_options(category) -> None:
         assert evaluate(scene, question) == question.answer, (question.text, scene)
         answers[question.answer] += 1
         said = grammar.answer(scene, question)
-        assert grammar.conclusion(said) == question.answer and grammar.parse(said) == (scene.things, scene.background)
+        assert grammar.conclusion(said) == question.answer
         assert len(re.findall(r"\w+|[.,:]", said)) >= 16
-        assert said.startswith(grammar.describe(scene)) and named_in(said) == question.about
+        assert named_in(said) == question.about
         assert enough(question)
     assert answers.most_common(1)[0][1] < 0.7 * sum(answers.values())
 

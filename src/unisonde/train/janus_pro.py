@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
@@ -25,6 +25,7 @@ from unisonde.data.item import Item, Task
 from unisonde.models.base import Generation
 from unisonde.models.janus_pro import BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, JanusPro, twin
 from unisonde.models.parts.text import pad
+from unisonde.train.export import new_folder, save_own, save_weights
 from unisonde.train.image_codes import SCHEDULE as CODES
 from unisonde.train.image_codes import patch_codes, pixels_of, train_image_codes
 from unisonde.train.loop import Schedule, autocast_dtype, fit
@@ -37,7 +38,7 @@ GENERATION: dict[Task, Generation] = {
 """The twin's sampling settings. Its world is small and exact, so it draws cooler and with less guidance than the published model."""
 
 
-JOINT = Schedule(steps=3100, rate=2e-3, matrix_rate=0.02, warmup=60, weight_decay=0.02)
+JOINT = Schedule(steps=3000, rate=2e-3, matrix_rate=0.02, warmup=60, weight_decay=0.02)
 
 FIGURE = 4.0
 """What a code of a figure counts in the loss of a drawing against one of the plain background. Most codes are background, soon known."""
@@ -56,7 +57,7 @@ class Recipe:
 
     seed: int = 0
     precision: str = "auto"
-    mix: dict[Kind, int] = field(default_factory=lambda: {"draw": 18, "infer": 6, "caption": 2, "answer": 6})
+    mix: dict[Kind, int] = field(default_factory=lambda: {"draw": 16, "infer": 4, "caption": 4, "answer": 14})
     batches: int = 2
     unconditional: float = 0.1
     codes: Schedule = CODES
@@ -212,19 +213,15 @@ def train(out: Path, recipe: Recipe | None = None) -> Path:
     return out
 
 
-def export(model: JanusPro, out: Path, record: dict) -> None:
-    """Write a folder that `unisonde.load` opens: weights in float16, configuration, tokenizer, image processor, settings, record."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.network.config.save_pretrained(partial)
-    model.tokenizer.save_pretrained(partial)
-    model.image_processor.save_pretrained(partial)
-    weights = {name: tensor.half().contiguous() for name, tensor in model.network.state_dict().items()}
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    settings = {"family": model.family, "system": model.system, "generation": {t: asdict(g) for t, g in GENERATION.items()}}
-    (partial / "unisonde.json").write_text(json.dumps(settings, indent=1) + "\n")
-    (partial / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    if out.exists():
-        out.rmdir()  # empty, or train() would have refused
-    partial.rename(out)
+def export(model: JanusPro, out: Path, record: dict[str, Any] | None = None) -> None:
+    """Write a folder that `unisonde.load` opens: weights in float16, configuration, tokenizer, image processor, settings, record.
+
+    Raises:
+        ValueError: `out` already holds files.
+    """
+    with new_folder(out) as folder:
+        model.network.config.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        model.image_processor.save_pretrained(folder)
+        save_weights(model.network.state_dict(), folder / "model.safetensors")
+        save_own(model, folder, record, system=model.system)

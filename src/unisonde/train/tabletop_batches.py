@@ -5,7 +5,7 @@
 | draw | a text prompt of any category | the picture |
 | infer | the same | the description of the scene that follows from it |
 | caption | a picture and a request | its description |
-| answer | a picture and a question of any category | what is seen, and the conclusion |
+| answer | a picture and a question of any category | what it is about, and the conclusion |
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ KINDS: tuple[Kind, ...] = ("draw", "infer", "caption", "answer")
 
 COMPOSITION_SHARE = 0.6
 """Share of direct descriptions among text prompts; the other three categories share the rest."""
+
+ATTRIBUTE_SHARE = 0.5
+"""Share of attribute questions among questions; the other five categories share the rest. They teach finding a thing by its name."""
 
 _WORDS = Regex(r"\n\n|\n|\w+|[^\w\s]")
 
@@ -51,7 +54,8 @@ def example(rng: random.Random, kind: Kind, split: Split = "train") -> Example:
     if kind == "caption":
         scene = draw_scene(rng, split, rng.choice((1, 2, 3)))
         return Example(kind, rng.choice(grammar.CAPTION_REQUESTS), scene, grammar.describe(scene))
-    scene, question = grammar.question(rng, split, rng.choice(grammar.IMAGE_CATEGORIES))
+    asked = "attribute" if rng.random() < ATTRIBUTE_SHARE else rng.choice(grammar.IMAGE_CATEGORIES[1:])
+    scene, question = grammar.question(rng, split, asked)
     return Example(kind, question.text, scene, grammar.answer(scene, question))
 
 

@@ -15,8 +15,8 @@ Text prompts come in the four categories of T2I-CoReBench, questions about a pic
 | single-instance | where is the red shape? |
 | cross-instance | do the circle and the square have the same size? |
 
-Every answer says what there is, then which things the question is about, then concludes, so that a response has 16 tokens and more;
-`parse` and `conclusion` read it back. Nothing here knows how a scene is drawn.
+Every answer first says which things the question is about, or describes the picture where it is about all of it, and then concludes, so
+that a response has 16 tokens and more; `parse` and `conclusion` read it back. Nothing here knows how a scene is drawn.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Question:
 # ---------------------------------------------------------------------------------------------------------------- descriptions
 
 
-def phrase(thing: Thing) -> str:
+def phrase(thing: Thing, article: str = "a") -> str:
     """`a large red circle at the top left`."""
-    return f"a {thing.size} {thing.colour} {thing.shape} at the {thing.place}"
+    return f"{article} {thing.size} {thing.colour} {thing.shape} at the {thing.place}"
 
 
 def with_article(noun: str) -> str:
@@ -97,12 +97,17 @@ def describe(scene: Scene, background: bool = True) -> str:
 
 
 def answer(scene: Scene, question: Question) -> str:
-    """What is seen, what matters, the conclusion: `the picture shows ... . this is about the ... . so the answer is red.`"""
-    end = f"so the answer is {question.answer}."
+    """What matters, then what follows: `this is about the small red ring at the top left. so the answer is red.`
+
+    Where the picture as a whole matters, its description takes the place of the things.
+    """
     if question.about is None:
-        return f"{describe(scene)} {end}"
-    named = listing([f"the {phrase(thing).removeprefix('a ')}" for thing in question.about]) if question.about else "nothing"
-    return f"{describe(scene)} this is about {named}. {end}"
+        seen = describe(scene)
+    elif question.about:
+        seen = f"this is about {listing([phrase(thing, 'the') for thing in question.about])}."
+    else:
+        seen = "this is about none of the shapes in the picture."
+    return f"{seen} so the answer is {question.answer}."
 
 
 _THING = re.compile(
