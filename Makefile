@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	@echo "open runs/demo/report.html"
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

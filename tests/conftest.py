@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests run side by side, one a core: threads of each would get into the others' way.
+    torch.set_num_threads(1)
 
 
 def absent(what: str) -> None:
