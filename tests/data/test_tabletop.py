@@ -207,6 +207,9 @@ def test_answers_are_right_and_among_the_options(category) -> None:
         answers[question.answer] += 1
         said = grammar.answer(scene, question)
         assert grammar.conclusion(said) == question.answer
+        assert grammar.parse(grammar.describe(scene)) == (scene.things, scene.background)
+        if question.about is None:
+            assert said.startswith(grammar.describe(scene)) and grammar.parse(said) == (scene.things, scene.background)
         assert len(re.findall(r"\w+|[.,:]", said)) >= 16
         assert named_in(said) == question.about
         assert enough(question)

@@ -30,7 +30,7 @@ from unisonde.models.parts.flux_vae import FluxVaeConfig
 from unisonde.models.parts.segments import spans_of
 from unisonde.models.trace import Span
 from unisonde.train.export import new_folder, save_json, save_own, save_weights
-from unisonde.train.image_codes import pixels_of
+from unisonde.train.image_codes import figures, pixels_of
 from unisonde.train.loop import Effort, Schedule, fit
 from unisonde.train.tabletop_batches import Example, word_tokenizer
 
@@ -175,11 +175,6 @@ def decoder_loss(vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor
     error = flux_vae.decode(vae, latents + TREMOR * torch.randn(latents.shape, generator=generator)) - pixels
     weight = torch.where(figures(pixels), FIGURE, 1.0).expand_as(pixels)
     return ((error.abs() + error.square()) * weight).sum() / weight.sum()
-
-
-def figures(pixels: Tensor) -> Tensor:
-    """Which pixels are off the background, the commonest colour of a picture: (B, 3, H, W) -> (B, 1, H, W) booleans."""
-    return (pixels != pixels.flatten(2).median(-1).values[..., None, None]).any(1, keepdim=True)
 
 
 @torch.no_grad()

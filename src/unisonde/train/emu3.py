@@ -26,8 +26,8 @@ from unisonde.models.base import Generation
 from unisonde.models.emu3 import BOS, EOS, PAD, SPECIAL_TOKENS, Emu3, code_word, twin
 from unisonde.models.parts.segments import Segment, encode
 from unisonde.models.parts.text import pad
-from unisonde.train.export import new_folder, save_own, save_weights
-from unisonde.train.image_codes import GRID, PATCH, crowd, patch_codes, pixels_of
+from unisonde.train.export import new_folder, save_hub_layout, save_own
+from unisonde.train.image_codes import GRID, PATCH, code_weights, crowd, patch_codes, pixels_of
 from unisonde.train.loop import Effort, Schedule, fit
 from unisonde.train.tabletop_batches import Example, word_tokenizer
 
@@ -97,15 +97,10 @@ def code_loss(vq: Emu3VQVAE, scenes: list[Scene]) -> Tensor:
     book = F.normalize(vq.quantize.embedding.weight, dim=-1)
     error = drawn(vq, book[codes]) - pixels
     each = F.unfold(error.abs() + error.square(), PATCH, stride=PATCH).mean(1)
-    weights = code_weights(codes)
+    weights = code_weights(codes, FIGURE)
     # The encoder learns names, and does not pull the codebook.
     choice = SHARPNESS * (F.normalize(latents(vq, pixels), dim=-1) @ book.detach().T)
     return (weights * each).sum() / weights.sum() + 0.1 * F.cross_entropy(choice.flatten(0, 1), codes.flatten())
-
-
-def code_weights(codes: Tensor) -> Tensor:
-    """What each code of a picture counts: 1 for the commonest, which is the background, `FIGURE` for the others; (B, n) -> (B, n)."""
-    return torch.where(codes == codes.mode(dim=1, keepdim=True).values, 1.0, FIGURE)
 
 
 def train_codes(vq: Emu3VQVAE, checkpoint: Path, seed: int = 0, schedule: Schedule = CODES) -> Effort:
@@ -183,7 +178,7 @@ def collate(model: Emu3, examples: Sequence[Example], rng: random.Random, uncond
             prompt = model.unconditional() if rng.random() < unconditional else tokens(model, model.segments(item, "image"))
             response = model.sequence_of(codes)
             # The marks of a picture stand where they must, and are not learnt.
-            each = F.pad(code_weights(codes.view(1, -1)).view_as(codes), (0, 1)).flatten().tolist() + [0.0] * 3
+            each = F.pad(code_weights(codes.view(1, -1), FIGURE).view_as(codes), (0, 1)).flatten().tolist() + [0.0] * 3
         else:
             shown = codes if kind in ("caption", "answer") else None
             prompt = tokens(model, model.segments(item, "text", shown))
@@ -229,8 +224,5 @@ def export(model: Emu3, out: Path, record: dict[str, Any] | None = None) -> None
         ValueError: `out` already holds files.
     """
     with new_folder(out) as folder:
-        model.network.config.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
-        model.image_processor.save_pretrained(folder)
-        save_weights(model.network.state_dict(), folder / "model.safetensors")
+        save_hub_layout(model, folder)
         save_own(model, folder, record, **{name: getattr(model, name) for name in ("system", "positive", "negative", "area")})

@@ -36,6 +36,13 @@ def new_folder(out: Path, *inside: str) -> Iterator[Path]:
     partial.rename(out)
 
 
+def save_hub_layout(model: Any, folder: Path) -> None:
+    """A network of `transformers` as the hub has it: configuration, weights, tokenizer, image processor."""
+    for part in (model.network.config, model.tokenizer, model.image_processor):
+        part.save_pretrained(folder)
+    save_weights(model.network.state_dict(), folder / "model.safetensors")
+
+
 def save_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Weights as safetensors, what is not whole numbers in float16."""
     halved = {key: (t.half() if t.is_floating_point() else t).contiguous() for key, t in tensors.items()}

@@ -50,6 +50,16 @@ def patches_of(pictures: np.ndarray) -> np.ndarray:
     return split.reshape(-1, GRID * GRID, PATCH * PATCH * 3)
 
 
+def figures(pixels: Tensor) -> Tensor:
+    """Which pixels are off the background, the commonest colour of a picture: (B, 3, H, W) -> (B, 1, H, W) booleans."""
+    return (pixels != pixels.flatten(2).median(-1).values[..., None, None]).any(1, keepdim=True)
+
+
+def code_weights(codes: Tensor, figure: float) -> Tensor:
+    """What each code of a picture counts: 1 for the commonest, which is the background, `figure` for the others; (B, n) -> (B, n)."""
+    return torch.where(codes == codes.mode(dim=1, keepdim=True).values, 1.0, figure)
+
+
 class PatchCodes:
     """The distinct patches of the world, in a fixed order: `patches` (K, 48), bytes."""
 

@@ -25,9 +25,9 @@ from unisonde.data.item import Item, Task
 from unisonde.models.base import Generation
 from unisonde.models.janus_pro import BOS, EOS, IMAGE, PAD, SPECIAL_TOKENS, JanusPro, twin
 from unisonde.models.parts.text import pad
-from unisonde.train.export import new_folder, save_own, save_weights
+from unisonde.train.export import new_folder, save_hub_layout, save_own
 from unisonde.train.image_codes import SCHEDULE as CODES
-from unisonde.train.image_codes import patch_codes, pixels_of, train_image_codes
+from unisonde.train.image_codes import code_weights, patch_codes, pixels_of, train_image_codes
 from unisonde.train.loop import Schedule, autocast_dtype, fit
 from unisonde.train.tabletop_batches import Example, Kind, example, word_tokenizer
 
@@ -154,14 +154,9 @@ def joint_loss(model: JanusPro, batch: Batch) -> Tensor:
     learnt = batch.next_token != -100
     if batch.codes is not None:
         each = F.cross_entropy(network.model.generation_head(states[learnt]).float(), batch.codes.flatten(), reduction="none")
-        weight = code_weights(batch.codes).flatten()
+        weight = code_weights(batch.codes, FIGURE).flatten()
         return (each * weight).sum() / weight.sum()
     return F.cross_entropy(network.lm_head(states[learnt]).float(), batch.next_token[learnt])
-
-
-def code_weights(codes: Tensor) -> Tensor:
-    """What each code of a picture counts: 1 for the commonest, which is the background, `FIGURE` for the others; (B, n) -> (B, n)."""
-    return torch.where(codes == codes.mode(dim=1, keepdim=True).values, 1.0, FIGURE)
 
 
 def train(out: Path, recipe: Recipe | None = None) -> Path:
@@ -220,8 +215,5 @@ def export(model: JanusPro, out: Path, record: dict[str, Any] | None = None) -> 
         ValueError: `out` already holds files.
     """
     with new_folder(out) as folder:
-        model.network.config.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
-        model.image_processor.save_pretrained(folder)
-        save_weights(model.network.state_dict(), folder / "model.safetensors")
+        save_hub_layout(model, folder)
         save_own(model, folder, record, system=model.system)

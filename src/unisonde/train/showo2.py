@@ -27,7 +27,7 @@ from unisonde.models.parts.showo2_network import Showo2Network, additive, shifte
 from unisonde.models.parts.text import pad
 from unisonde.models.showo2 import BOS, EOS, PAD, SPECIAL_TOKENS, Encoded, Showo2, drawing, image_places
 from unisonde.train.export import new_folder, save_json, save_own, save_weights
-from unisonde.train.image_codes import crowd, pixels_of
+from unisonde.train.image_codes import crowd, figures, pixels_of
 from unisonde.train.loop import Effort, Schedule, fit
 from unisonde.train.tabletop_batches import Example, word_tokenizer
 
@@ -218,12 +218,6 @@ def joint_parts(network: Showo2Network) -> nn.ModuleDict:
 # ---------------------------------------------------------------------------------------------------------------------- latents
 
 
-def figures(pixels: Tensor) -> Tensor:
-    """Which pixels are off the background, the commonest colour of a picture: (B, 3, H, W) -> (B, 1, H, W), 0 or 1."""
-    ground = pixels.flatten(2).median(-1).values[..., None, None]
-    return (pixels != ground).any(1, keepdim=True).float()
-
-
 def decoder_loss(vae: AutoencoderKLWan, pixels: Tensor, generator: torch.Generator) -> Tensor:
     """The error of pictures decoded from latents that tremble, that of figures weighted. pixels: (B, 3, H, W) in [-1, 1]."""
     with torch.no_grad():
@@ -232,7 +226,7 @@ def decoder_loss(vae: AutoencoderKLWan, pixels: Tensor, generator: torch.Generat
     latents = latents + TREMOR * deviation * torch.randn(latents.shape, generator=generator)
     # The decoder itself: `decode` keeps pixels in their range, and what lies outside it would have no gradient.
     error = unpatchify(vae.decoder(vae.post_quant_conv(latents)), SQUARE)[:, :, 0] - pixels
-    weight = (1 + (FIGURE - 1) * figures(pixels)).expand_as(pixels)
+    weight = torch.where(figures(pixels), FIGURE, 1.0).expand_as(pixels)
     return ((error.abs() + error.square()) * weight).sum() / weight.sum()
 
 
@@ -317,7 +311,7 @@ def collate(model: Showo2, examples: Sequence[Example], rng: random.Random, unco
     if kind == "draw":
         assert latents is not None
         times = shifted(torch.rand(len(examples), generator=generator))
-        weights = 1 + (FIGURE - 1) * F.max_pool2d(figures(pixels), wan_vae.reduction(model.vae))
+        weights = 1 + (FIGURE - 1) * F.max_pool2d(figures(pixels).float(), wan_vae.reduction(model.vae))
         return Batch(prompts, latents, torch.randn(latents.shape, generator=generator), times, weights)
     end = model.marks.eos
     responses = [[*model.tokenizer(made.response, add_special_tokens=False)["input_ids"], end] for made in examples]
