@@ -82,13 +82,15 @@ def test_the_template_of_drawing(published) -> None:
 
 def test_the_template_of_a_question(published) -> None:
     encoded = published.encode(Item("a", "", "what is this?", Image.new("RGB", (40, 32))), "text")
-    marks = "<image>" * (36 + 4)
+    buffers = published.config.buffers
+    marks = "<image>" * (36 + buffers)
     assert published.tokenizer.decode(encoded.ids) == (
         f"<|im_start|>user\n{marks}\nwhat is this?<|im_end|>\n<|im_start|>assistant\n"
     )
     shown = [(s.start, s.stop, s.kind) for s in encoded.spans if s.modality == "image"]
     first = encoded.picture.start
-    assert shown == [(first, first + 36, "content"), (first + 36, first + 40, "template")] and len(encoded.picture) == 40
+    assert shown == [(first, first + 36, "content"), (first + 36, first + 36 + buffers, "template")]
+    assert len(encoded.picture) == 36 + buffers
     [question] = [s for s in encoded.spans if s.kind == "content" and s.modality == "text"]
     assert published.tokenizer.decode(encoded.ids[question.start : question.stop]) == "what is this?"
 
@@ -102,7 +104,8 @@ def test_the_template_of_text(published) -> None:
 def test_the_placeholder_may_be_written_by_a_user(published) -> None:
     """Features go where the picture is, whatever the question says."""
     encoded = published.encode(Item("a", "", "an <image> of what?", Image.new("RGB", (9, 9), "red")), "text")
-    assert encoded.ids.count(published.tokenizer.convert_tokens_to_ids("<image>")) == 41 and len(encoded.picture) == 40
+    shown = 36 + published.config.buffers
+    assert encoded.ids.count(published.tokenizer.convert_tokens_to_ids("<image>")) == shown + 1 and len(encoded.picture) == shown
     assert isinstance(published.respond([Item("a", "", "an <image>?", Image.new("RGB", (9, 9)))], "text", WRITE)[0].text, str)
 
 
@@ -125,11 +128,12 @@ def test_every_prompt_of_corebench_fits(shared) -> None:
 
 def test_buffers_come_first_for_the_encoder_and_last_for_the_language_model(model) -> None:
     """The buffers' features change with the picture, so they are told apart by what stands in their place at the encoder's start."""
-    tokens = torch.randn(1, 64, 48, generator=torch.Generator().manual_seed(0))
+    config, b = model.config, model.config.buffers
+    tokens = torch.randn(1, 64, config.mar.channels, generator=torch.Generator().manual_seed(0))
     seen, features = model.network.see(tokens)
-    assert seen.shape == (1, 68, 96) and features.shape == (1, 68, 160)
+    assert seen.shape == (1, 64 + b, config.mar.encoder_embed_dim) and features.shape == (1, 64 + b, config.llm.hidden_size)
     projected = model.network.proj_in(seen)
-    assert torch.equal(features[:, 64:], projected[:, :4]) and torch.equal(features[:, :64], projected[:, 4:])
+    assert torch.equal(features[:, 64:], projected[:, :b]) and torch.equal(features[:, :64], projected[:, b:])
     # And back, for the decoder: what the language model says of a buffer is added to that buffer.
     states = torch.zeros_like(features)
     with torch.no_grad():
@@ -206,12 +210,13 @@ def test_recorded_steps_are_the_passes_of_sampling(model) -> None:
 
 def test_visible_tokens_of_each_step(model) -> None:
     states, responses = observed(model, PROMPTS[:2], "image", DRAW)
+    buffers = model.config.buffers
     for item in range(2):
         for step, visible in [*zip(NAMES, VISIBLE, strict=True), ("clean", 64)]:
             seen = states[step, 0, item]
-            assert len(seen.states) == visible + 4 and len(seen.select("response", Reading())) == visible
+            assert len(seen.states) == visible + buffers and len(seen.select("response", Reading())) == visible
             assert {(s.role, s.modality) for s in seen.spans} == {("response", "image")}
-            assert [(s.start, s.stop) for s in seen.spans if s.kind == "template"] == [(visible, visible + 4)]
+            assert [(s.start, s.stop) for s in seen.spans if s.kind == "template"] == [(visible, visible + buffers)]
         prompt = states["single", 0, item]
         assert prompt.modalities("prompt") == ("text",) and {s.role for s in prompt.spans} == {"prompt"}
         assert responses[item].tokens == 64
@@ -398,7 +403,7 @@ def test_batch_of_one_equals_batch_of_many(model, task, items, settings) -> None
         (Item("a", "c", "a large green dragon"), "image", "does not know the words dragon of item 'a'"),
         (Item("a", "c", "a red ring", Image.new("RGB", (4, 4))), "image", "draws from text prompts alone"),
         (Item("a", "c", "a red ring " * 200), "text", "takes 60. positions .* room for 502"),
-        (Item("a", "c", "a red ring " * 200), "image", "takes 61. positions .* room for 444"),
+        (Item("a", "c", "a red ring " * 200), "image", "takes 61. positions .* room for 432"),
     ],
 )
 def test_prompts_that_cannot_be_taken(model, item, task, said) -> None:
@@ -410,7 +415,7 @@ def test_a_long_prompt_is_cut(model) -> None:
     item = Item("a", "c", "a red ring " * 200)
     encoded = model.encode(item, "image", truncate=True)
     template = model.assemble(Item("", "", "a"), "image").ids
-    assert encoded.flags == ("cut",) and len(encoded.ids) == 512 - 64 - 4 and encoded.ids[-4:] == template[-4:]
+    assert encoded.flags == ("cut",) and len(encoded.ids) == 512 - 64 - model.config.buffers and encoded.ids[-4:] == template[-4:]
     [response] = model.respond([item], "image", Generation(temperature=1.0, guidance=1.0, steps=2), truncate=True)
     assert response.flags == ("cut",)
 

@@ -3,7 +3,8 @@
 Drawing is learnt as in MAR (arXiv 2406.11838): some tokens are hidden, and the diffusion head learns to draw them from the decoder's
 vectors, at several random steps for each. Some drawings go with the prompt of the unconditional branch.
 
-The autoencoder keeps the grid of pixels, for pictures as small as these show single ones; squares of 4 x 4 latents make a token.
+The autoencoder keeps the grid of pixels, for pictures as small as these show single ones; squares of 4 x 4 latents make a token. Its
+decoder learns from latents that tremble, for drawn tokens are never quite right, and a patch of Tabletop is one of few.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from unisonde.data.item import Item, Task
 from unisonde.models.base import Generation
 from unisonde.models.harmon import ASKED, END, SPECIAL_TOKENS, START, Encoded, Harmon
+from unisonde.models.parts import kl16
 from unisonde.models.parts.harmon_network import Drawing, HarmonNetwork, twin
 from unisonde.models.parts.text import pad
 from unisonde.models.parts.token_diffusion import TRAINED_STEPS, NoiseSchedule, TokenDiffusion
@@ -40,23 +42,27 @@ GENERATION: dict[Task, Generation] = {
 }
 """The twin's sampling settings. Its world is small and exact, so it draws with less guidance than published, and in fewer steps."""
 
-LATENTS = Schedule(steps=200, rate=1e-3, warmup=20, weight_decay=0.0)
+LATENTS = Schedule(steps=1000, rate=2e-3, warmup=20, weight_decay=0.0)
 JOINT = Schedule(steps=1900, rate=2e-3, matrix_rate=0.02, warmup=60, weight_decay=0.02)
 BATCH = 12
 
 CONSTANT = 8.0
-"""What the channels of an untrained autoencoder or diffusion head carry along, half of them negated."""
+"""What the channels of an untrained autoencoder carry along, half of them negated."""
+HEAD_CONSTANT = 3.0
+"""And those of an untrained diffusion head, whose training is rougher the larger it is: what leaves it is multiplied by it."""
 LOG_VARIANCE = -6.0
-"""Of the latents of an untrained autoencoder, in pixel values."""
-PULL = 1e-6
-"""Weight of the latents' divergence from a standard normal, in nats a latent."""
+"""Of the latents, in pixel values."""
+TREMOR = 0.4
+"""The largest deviation of the noise on latents, of unit size, from which the decoder learns to draw. Sampling leaves less."""
 
-REPEATS = 4
-"""Steps of the diffusion that each hidden token is learnt at in a batch, as published."""
-VARIANCE = 1e-3
-"""Weight of what the variances of the diffusion's steps learn from."""
-FIGURE = 4.0
-"""What a token of a figure counts beside one of the plain background. Most tokens are background, soon known."""
+OFF = 0.1
+"""Deviation of the noise on the tokens that drawings are learnt given."""
+REPEATS = 2
+"""Steps of the diffusion that each hidden token is learnt at in a batch."""
+LOUDEST = 50.0
+"""The most that an error of the noise counts, squared. Nearly every step of sampling is below. The least is 1."""
+FIGURE = 8.0
+"""What a pixel or token of a figure counts beside one of the plain background. Most are background, soon known."""
 
 
 def new_twin(seed: int) -> Harmon:
@@ -70,36 +76,48 @@ def new_twin(seed: int) -> Harmon:
     return Harmon(network, vae, tokenizer, "twin/harmon", generation=GENERATION)
 
 
-RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.fc2.weight")
+LOUDNESS = {"o_proj.weight": 0.3, "down_proj.weight": 0.3, "proj_in.2.weight": 0.2, "proj_out.2.weight": 4.0}
+"""Matrices that begin smaller or larger: the residual outputs of Qwen2; what takes image features into it, where words are as small;
+and what takes its states out, or MAR's own are all that the decoder hears."""
+TABLES = {
+    "encoder_pos_embed_learned": 0.5,
+    "fake_latent": 0.5,
+    "decoder_pos_embed_learned": 0.2,
+    "mask_token": 0.2,
+    "diffusion_pos_embed_learned": 0.3,
+}
+"""Deviation of what is learnt for places."""
 
 
 @torch.no_grad()
 def initialise(network: HarmonNetwork, seed: int) -> None:
-    """Weights that keep the scale of what they are given (LeCun), positions of half unit size, quiet residual branches.
+    """Weights that keep the scale of what they are given (LeCun), with a few exceptions, so that the prompt is heard from the start.
 
-    Words are small, for their table is the head as well, and at half unit size it would be very sure of itself.
+    Words are small, for their table is the head as well, and at half unit size it would be very sure of itself. So are the image
+    features beside them, or what the buffers gather of a prompt would be lost in what they were before. Decoding, the buffers are loud
+    and places are quiet, for the places that are to be drawn hear of the prompt through the buffers alone.
 
     The diffusion head is to answer noise with noise first of all: at its noisiest steps an error of a hundredth in that is one of
     many units in the token. So it begins as a map that passes on what it is given (`begin_passing`).
     """
     generator = torch.Generator().manual_seed(seed)
-    tables = ("pos_embed_learned", "mask_token", "fake_latent")
     for name, weight in network.named_parameters():
         if name.endswith("embed_tokens.weight"):
             weight.normal_(std=0.1, generator=generator)
-        elif name.endswith(tables):
-            weight.normal_(std=0.5, generator=generator)
+        elif name.removeprefix("mar.") in TABLES:
+            weight.normal_(std=TABLES[name.removeprefix("mar.")], generator=generator)
         elif name.endswith("bias"):
             weight.zero_()
         elif weight.ndim > 1:
-            quiet = name.endswith(RESIDUAL_OUTPUTS)
-            weight.normal_(std=(0.3 if quiet else 1.0) * weight[0].numel() ** -0.5, generator=generator)
+            loudness = next((loudness for end, loudness in LOUDNESS.items() if name.endswith(end)), 1.0)
+            weight.normal_(std=loudness * weight[0].numel() ** -0.5, generator=generator)
     begin_passing(network.mar.diffloss, generator)
 
 
 @torch.no_grad()
 def begin_passing(head: TokenDiffusion, generator: torch.Generator) -> None:
-    """Start as a map that says that all it is given is noise: residual branches at zero, and a large constant in the channels.
+    """Start as a map that says that all it is given is noise, and takes the least variance: residual branches at zero, and a large
+    constant in the channels.
 
     As in `begin_linear`, half of the channels carry the constant and half its negative, so that norms divide by it, whatever the
     token. Gates begin at one, and what tokens are drawn from is heard from the start; the official ones begin at zero, and open slowly.
@@ -109,23 +127,34 @@ def begin_passing(head: TokenDiffusion, generator: torch.Generator) -> None:
     columns = torch.randn(width // 2, channels + 1, generator=generator, dtype=torch.float64)
     columns[:, 0] = 1
     embed = torch.linalg.qr(columns).Q[:, 1:].float()
-    constant = CONSTANT * torch.cat([torch.ones(width // 2), -torch.ones(width - width // 2)])
+    constant = HEAD_CONSTANT * torch.cat([torch.ones(width // 2), -torch.ones(width - width // 2)])
     net.input_proj.weight.zero_()[: width // 2] = embed
     net.input_proj.bias.copy_(constant)
     for block in net.res_blocks:
-        block.in_ln.weight.fill_(CONSTANT)
+        block.in_ln.weight.fill_(HEAD_CONSTANT)
         block.in_ln.bias.copy_(-constant)
         block.mlp[2].weight.zero_()
         block.adaLN_modulation[1].bias.chunk(3)[2].fill_(1.0)
     net.final_layer.adaLN_modulation[1].weight.zero_()
-    net.final_layer.linear.weight.zero_()[:channels, : width // 2] = CONSTANT * embed.T
+    spread = (HEAD_CONSTANT**2 + channels / width) ** 0.5  # what the last norm divides by
+    net.final_layer.linear.weight.zero_()[:channels, : width // 2] = spread * embed.T
+    net.final_layer.linear.bias[channels:] = -1.0
 
 
 def joint_parts(network: HarmonNetwork) -> nn.ModuleDict:
-    """What is trained jointly, with the blocks of MAR and of the diffusion head among the `layers` whose matrices Muon trains."""
-    mar = network.mar
-    blocks = [*mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss.net.res_blocks]
-    return nn.ModuleDict({"layers": nn.ModuleList(blocks), "network": network})
+    """What is trained jointly. Among the `layers` whose matrices Muon trains are those of MAR and between it and Qwen2 as well.
+
+    Not the diffusion head's first and last: at its noisiest steps a small change of them is a large one of the token. `guess` is no
+    part of the network: a linear guess at a token from its vector, by which the decoder learns what it is to say while the head is
+    still learning to listen.
+    """
+    mar, head = network.mar, network.mar.diffloss.net
+    guess = nn.Linear(mar.sizes.decoder_embed_dim, mar.sizes.channels)
+    nn.init.zeros_(guess.weight)
+    nn.init.zeros_(guess.bias)
+    blocks = [*mar.encoder_blocks, *mar.decoder_blocks, *head.res_blocks]
+    between = [network.proj_in, network.proj_out, mar.z_proj, mar.decoder_embed, head.time_embed, head.cond_embed]
+    return nn.ModuleDict({"layers": nn.ModuleList([*blocks, *between, guess]), "network": network, "guess": guess})
 
 
 # ------------------------------------------------------------------------------------------------------------------ autoencoder
@@ -156,8 +185,7 @@ def begin_linear(vae: Any, seed: int) -> None:
     negative, so that the mean is zero and the spread the constant, whatever the picture; the positive half then passes through SiLU
     almost unchanged, and the colours are in it.
     """
-    half = vae.config.block_out_channels[0] // 2
-    colours = vae.config.latent_channels
+    half, colours = vae.config.block_out_channels[0] // 2, vae.config.latent_channels
     # An orthonormal embedding of the colours at right angles to the constant.
     columns = torch.randn(half, colours + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     columns[:, 0] = 1
@@ -165,9 +193,8 @@ def begin_linear(vae: Any, seed: int) -> None:
     sign = torch.cat([torch.ones(half), -torch.ones(half)])
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d) and name.endswith("conv2"):
-            nn.init.zeros_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            for parameter in module.parameters():
+                parameter.zero_()
     for part in (vae.encoder, vae.decoder):
         _point(part.conv_in, embed, CONSTANT * sign)
         part.conv_norm_out.weight.fill_(CONSTANT)
@@ -187,12 +214,23 @@ def _point(conv: nn.Conv2d, matrix: Tensor, bias: Tensor) -> None:
     conv.bias[: len(bias)] = bias.to(conv.bias)
 
 
-def latent_loss(vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """The picture's error after a sample of the latents, and the pull. pixels: (B, 3, H, W) in [-1, 1]."""
-    posterior = vae.encode(pixels).latent_dist
-    latents = posterior.sample(generator)
-    error = vae.decode(latents).sample - pixels
-    return (error.abs() + error.square()).mean() + PULL * posterior.kl().sum() / latents.numel()
+def figures(values: Tensor) -> Tensor:
+    """Which pixels or tokens are off the background, the commonest value of a picture: (B, n, c) -> (B, n) booleans."""
+    return ((values - values.median(1, keepdim=True).values).abs() > 0.01).any(-1)
+
+
+def decoder_loss(vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """The error of pictures decoded from latents that tremble, that of figures weighted. pixels: (B, 3, H, W) in [-1, 1].
+
+    The noise is more on some pictures than on others, up to `TREMOR`.
+    """
+    with torch.no_grad():
+        latents = kl16.encode(vae, pixels)
+    tremor = TREMOR * torch.rand(len(pixels), 1, 1, 1, generator=generator)
+    error = kl16.decode(vae, latents + tremor * torch.randn(latents.shape, generator=generator)) - pixels
+    weight = torch.where(figures(pixels.flatten(2).transpose(1, 2)), FIGURE, 1.0)
+    each = (error.abs() + error.square()).mean(1).flatten(1)
+    return (each * weight).sum() / weight.sum()
 
 
 def train_latents(
@@ -202,22 +240,23 @@ def train_latents(
     schedule: Schedule = LATENTS,
     pictures: Callable[[random.Random], Tensor] | None = None,
 ) -> Effort:
-    """Train an autoencoder in place, and set its scale so that latents have unit variance.
+    """Set an autoencoder's scale so that latents have unit variance, and train its decoder in place. The encoder stays linear.
 
     Args:
         pictures: a batch of pixels from random numbers; pictures of up to nine things of any shape and colour if None.
     """
     draw = pictures or (lambda rng: pixels_of([crowd(rng) for _ in range(BATCH)]))
-
-    def loss(step: int) -> Tensor:
-        rng = random.Random(f"{seed}/latents/{step}")
-        return latent_loss(vae, draw(rng), torch.Generator().manual_seed(rng.getrandbits(60)))
-
-    effort = fit("latents", vae.train(), loss, schedule, checkpoint, BATCH)
     vae.eval()
     with torch.no_grad():
         shown = torch.cat([draw(random.Random(f"{seed}/scale/{k}")) for k in range(8)])
         vae.register_to_config(scaling_factor=1 / float(vae.encode(shown).latent_dist.mode().std()))
+
+    def loss(step: int) -> Tensor:
+        rng = random.Random(f"{seed}/latents/{step}")
+        return decoder_loss(vae, draw(rng), torch.Generator().manual_seed(rng.getrandbits(60)))
+
+    effort = fit("latents", nn.ModuleList([vae.post_quant_conv, vae.decoder]).train(), loss, schedule, checkpoint, BATCH)
+    vae.eval()
     return effort
 
 
@@ -230,6 +269,7 @@ class Batch:
 
     Attributes:
         tokens: of the pictures that are drawn or shown, (B, n, c).
+        near: of drawings, the same a little off, as those are that sampling has drawn before.
         visible: (B, n), the tokens of drawings that are known, as many in every row.
         times: (M,) steps of the diffusion, `REPEATS` for each hidden token; noise: (M, c).
         responses: token ids of text responses, with the end.
@@ -237,6 +277,7 @@ class Batch:
 
     prompts: list[Encoded]
     tokens: Tensor | None = None
+    near: Tensor | None = None
     visible: Tensor | None = None
     times: Tensor | None = None
     noise: Tensor | None = None
@@ -264,28 +305,34 @@ def collate(model: Harmon, examples: Sequence[Example], rng: random.Random, unco
     wishes = ["" if rng.random() < unconditional else made.prompt for made in examples]
     prompts = [model.assemble(Item("", "", wish), "image") for wish in wishes]
     count = tokens.shape[1]
-    known = count - math.ceil(count * _hidden_share(rng))
+    known = count - max(1, math.ceil(count * _hidden_share(rng)))
     visible = torch.zeros(tokens.shape[:2], dtype=torch.bool)
     for row in visible:
         row[rng.sample(range(count), known)] = True
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     hidden = REPEATS * len(examples) * (count - known)
     times = torch.randint(TRAINED_STEPS, (hidden,), generator=generator)
-    return Batch(prompts, tokens, visible, times, torch.randn(hidden, tokens.shape[2], generator=generator))
+    noise = torch.randn(hidden, tokens.shape[2], generator=generator)
+    near = tokens + OFF * torch.randn(tokens.shape, generator=generator)
+    return Batch(prompts, tokens, near, visible, times, noise)
 
 
 def _hidden_share(rng: random.Random) -> float:
-    """Normal around 1 with a deviation of 0.25, as published for MAR, and kept between 0.7 and 1.
+    """Half of the batches have nothing to go by but the prompt; in the others as much is hidden as at a random step of sampling.
 
-    The published draws again what lies above 1. Here that is 1, so that half of the batches have nothing to go by but the prompt.
+    MAR hides 0.7 or more, for ImageNet. A twin draws most of its tokens in passes that see more than the rest.
     """
-    return min(1.0, max(0.7, rng.gauss(1.0, 0.25)))
+    return 1.0 if rng.random() < 0.5 else math.cos(math.pi / 2 * rng.random())
 
 
-def joint_loss(model: Harmon, batch: Batch) -> Tensor:
-    """Of drawings the diffusion's loss, tokens of figures weighted; cross-entropy in nats a token for text."""
+def joint_loss(model: Harmon, batch: Batch, guess: nn.Module | None = None) -> Tensor:
+    """Of drawings the diffusion's loss, tokens of figures weighted, and the squared error of a guess; cross-entropy in nats for text.
+
+    Args:
+        guess: at tokens from their vectors, (..., D) -> (..., c); see `joint_parts`.
+    """
     if batch.responses is None:
-        return _drawing_loss(model, batch)
+        return _drawing_loss(model, batch, guess)
     features = None if batch.tokens is None else model.network.see(batch.tokens)[1]
     states = model.read(model.embed(batch.prompts, features), batch.responses)
     # The state before a token predicts it.
@@ -297,40 +344,37 @@ def joint_loss(model: Harmon, batch: Batch) -> Tensor:
     return F.cross_entropy(model.network.llm.lm_head(torch.cat(before)).float(), words)
 
 
-def _drawing_loss(model: Harmon, batch: Batch) -> Tensor:
-    assert batch.tokens is not None and batch.visible is not None and batch.times is not None and batch.noise is not None
+def _drawing_loss(model: Harmon, batch: Batch, guess: nn.Module | None) -> Tensor:
+    assert batch.tokens is not None and batch.near is not None and batch.visible is not None
+    assert batch.times is not None and batch.noise is not None
     drawing = Drawing(model.network, *pad([p.ids for p in batch.prompts], model.end_id, "right"))
     drawing.read_prompts()
-    vectors = drawing.vectors(batch.tokens, batch.visible)
+    vectors = drawing.vectors(batch.near, batch.visible)
     hidden = ~batch.visible
     wanted, given = (x[hidden].repeat(REPEATS, 1) for x in (batch.tokens, vectors))
     each = denoising_loss(model.network.mar.diffloss, wanted, given, batch.times, batch.noise)
-    plain = batch.tokens.median(1, keepdim=True).values
-    figure = (batch.tokens - plain).abs().amax(-1) > 0.05
-    weight = torch.where(figure, FIGURE, 1.0)[hidden].repeat(REPEATS)
+    weight = torch.where(figures(batch.tokens), FIGURE, 1.0)[hidden].repeat(REPEATS)
+    if guess is not None:
+        each = each + (guess(given.float()) - wanted).square().mean(-1)
     return (each * weight).sum() / weight.sum()
 
 
 def denoising_loss(head: TokenDiffusion, tokens: Tensor, given: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-    """The squared error of the noise in tokens (M, c), and how far the variance is from the true one: (M,).
+    """The squared error of the noise in tokens (M, c): (M,).
 
-    The second is the divergence of the step's distribution from the true one, in nats, through which the variance alone learns
-    (arXiv 2102.09672, with its weight).
+    The published loss counts it as it is. It is much the same whatever a very noisy token stands for: a large network learns that in
+    time, a twin needs to be told. So where there is more noise than token, the error counts as it shows in the token (arXiv 2202.00512,
+    truncated SNR), up to `LOUDEST` times. Where there is less it counts as it is, for what is left there stays in the picture.
+
+    The variances, which the published loss teaches too (arXiv 2102.09672), stay the least. Among 1000 steps the bounds are close, and
+    to make up for errors of its mean a small head learns variances far above the upper one; in 20 steps the bounds are far apart.
+    With variances so learnt, drawn tokens were off by 0.3; with the least, by 0.08.
     """
-    schedule = NoiseSchedule.named(TRAINED_STEPS)
-
-    def at(table: Any) -> Tensor:
-        return torch.from_numpy(table).to(tokens)[times][:, None]
-
-    kept, least, most = at(schedule.kept), at(schedule.least), at(schedule.most)
+    kept = torch.from_numpy(NoiseSchedule.named(TRAINED_STEPS).kept).to(tokens)[times][:, None]
     noisy = kept.sqrt() * tokens + (1 - kept).sqrt() * noise
-    eps, share = head.net(noisy, times, given).float().chunk(2, -1)
-    share = (share + 1) / 2
-    log_variance = share * most + (1 - share) * least
-    error = (eps - noise).square()
-    off = at(schedule.data_weight).square() * (1 - kept) / kept * error.detach()  # of the mean, squared
-    divergence = 0.5 * (log_variance - least - 1 + (least - log_variance).exp() + off * (-log_variance).exp())
-    return (error + VARIANCE * divergence).mean(-1)
+    with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 cannot tell noise from noise that is a hundredth off
+        eps, _ = head.net(noisy, times, given.float()).chunk(2, -1)
+    return ((eps - noise).square() * ((1 - kept) / kept).clamp(1, LOUDEST)).mean(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- writing

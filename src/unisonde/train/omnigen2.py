@@ -5,7 +5,8 @@ nothing to say yet: here the gradient of drawing goes through the text features 
 flow matching (arXiv 2209.03003), some of it without a prompt; writing by cross-entropy of the response.
 
 The autoencoder keeps the grid, and begins as the identity: what a picture as small as these shows is in single pixels, which the
-published way down and up (strided, then nearest neighbours) would blur.
+published way down and up (strided, then nearest neighbours) would blur. Its encoder stays what it is; its decoder learns to draw a clean
+picture from latents that are nearly right, which is all that sampling leaves.
 """
 
 from __future__ import annotations
@@ -65,28 +66,30 @@ GENERATION: dict[Task, Generation] = {
 PICTURES = {"patch_size": 4, "size": {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}}
 """How the twin reads pictures: 8 x 8 patches of 4 x 4 pixels, which become 4 x 4 features."""
 
-LATENTS = Schedule(steps=200, rate=1e-4, warmup=20, weight_decay=0.0)
-BATCH = 12
+LATENTS = Schedule(steps=400, rate=2e-3, warmup=20, weight_decay=0.0)
+BATCH = 6
 
-LEANING = 3.0
-"""Times are u ** LEANING, u uniform: they lean towards noise, where there is nothing to go by but the prompt. At 1.5 what is drawn had
-the background that the prompt asks for after 300 steps, and nothing on it."""
+LEANING = 1.5
+"""Times are u ** LEANING, u uniform: they lean towards noise, where there is nothing to go by but the prompt. At 3, sharp edges are
+hardly learnt, which come late."""
 
 EMPHASIS = 8.0
-"""How much a latent counts that is not of the background, which fills nine tenths of a picture."""
+"""How much a pixel, or the latents of a token, count that are not all of the background, which fills nine tenths of a picture."""
 
 CARRIED = 32.0
 """What two channels of an untrained autoencoder carry along, against which pixel values are small."""
 LINEAR = 8.0
 """Where SiLU is as good as linear."""
-LOG_VARIANCE = -8.0
-"""Of the posterior of an untrained autoencoder."""
-PULL = 1e-6
-"""Weight of the posterior's divergence from a standard normal, in nats a latent."""
+LOG_VARIANCE = -3.6
+"""Of the posterior: a deviation of 0.17 in latents that are pixel values, from which the decoder learns to draw."""
 
 
 def twin() -> OmniGen2Config:
-    """The twin's diffusion transformer: pictures as 8 x 8 tokens of 4 x 4 x 3 values; 1.6 million parameters."""
+    """The twin's diffusion transformer: pictures as 8 x 8 tokens of 4 x 4 x 3 values; 1.6 million parameters.
+
+    Rows and columns turn more dimensions of a head than the place in the sequence: of their frequencies only those count that tell eight
+    places apart.
+    """
     return OmniGen2Config(
         patch_size=4,
         in_channels=3,
@@ -96,7 +99,7 @@ def twin() -> OmniGen2Config:
         num_attention_heads=4,
         num_kv_heads=2,
         multiple_of=16,
-        axes_dim_rope=(10, 10, 10),
+        axes_dim_rope=(6, 12, 12),
         text_feat_dim=128,
     )
 
@@ -158,15 +161,27 @@ def new_twin(seed: int) -> OmniGen2:
     return model
 
 
+def joint_parts(network: Network) -> nn.ModuleDict:
+    """What is trained jointly, under names by which `fit` knows the matrices of all transformer layers."""
+    transformer, tower = network.transformer, network.mllm.model.visual
+    return nn.ModuleDict(
+        {"layers": nn.ModuleList([transformer.noise_refiner, transformer.context_refiner, tower.blocks]), "network": network}
+    )
+
+
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "attn.proj.weight")
+
+BRANCH = 0.3
+"""Size of what a residual branch of an untrained diffusion transformer adds, before its gate, to a stream of about unit size."""
 
 
 @torch.no_grad()
 def initialise(network: Network, seed: int) -> None:
     """Weights that keep the scale of what they are given (LeCun), embeddings of half unit size, quiet residual branches.
 
-    As published, the time changes nothing at first and the velocity is zero. Gates begin open, where the official ones begin shut: a shut
-    gate keeps a block from learning until it has opened.
+    As published, the time changes nothing at first. Gates begin open, where the official ones begin shut: a shut gate keeps a block from
+    learning until it has opened. What enters as noise leaves as velocity, with the other sign, where the official velocity is zero: noise
+    has to come through whole, and there is no other way for it.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in network.named_parameters():
@@ -178,10 +193,15 @@ def initialise(network: Network, seed: int) -> None:
                 for gate in (1, 3):
                     weight.chunk(4)[gate].fill_(1.0)
         elif name.endswith((".norm2.weight", "ffn_norm2.weight")) and name.startswith("transformer."):
-            weight.fill_(0.5)  # they end the residual branches
+            weight.fill_(BRANCH)  # they end the residual branches
         elif weight.ndim > 1:
             std = 0.5 if name.endswith("embed_tokens.weight") else weight[0].numel() ** -0.5
             weight.normal_(std=0.3 * std if name.endswith(RESIDUAL_OUTPUTS) else std, generator=generator)
+    transformer = network.transformer
+    through = torch.linalg.qr(transformer.x_embedder.weight).Q
+    width, values = through.shape
+    transformer.x_embedder.weight.copy_(through * (width / values) ** 0.5)
+    transformer.norm_out.linear_2.weight.copy_(-through.T * (values / width) ** 0.5)
 
 
 # ------------------------------------------------------------------------------------------------------------------- autoencoder
@@ -236,6 +256,10 @@ def begin_linear(vae: Any) -> None:
         half.conv_in.bias[6], half.conv_in.bias[7] = CARRIED, -CARRIED
         half.conv_norm_out.weight.fill_(CARRIED * (2 / width) ** 0.5)
         half.conv_norm_out.bias.fill_(LINEAR)
+        for name, module in half.named_modules():
+            if name.endswith("norm1"):  # residual branches see the picture at its own size, and the constants at unit size
+                module.weight.fill_(CARRIED * (2 / width) ** 0.5)
+                module.weight[6:8] /= CARRIED
     vae.encoder.conv_out.bias[3:] = LOG_VARIANCE
 
 
@@ -246,7 +270,7 @@ def train_vae(
     schedule: Schedule = LATENTS,
     pictures: Callable[[random.Random], Tensor] | None = None,
 ) -> Effort:
-    """Train an autoencoder in place, and set the shift and scale that make its latents centred and of unit variance.
+    """Set the shift and scale that make an autoencoder's latents centred and of unit variance, and train its decoder, in place.
 
     Args:
         pictures: a batch of pixels from random numbers; pictures of up to nine things of any shape and colour if None.
@@ -257,17 +281,26 @@ def train_vae(
         rng = random.Random(f"{seed}/latents/{step}")
         return latent_loss(vae, draw(rng), torch.Generator().manual_seed(rng.getrandbits(60)))
 
-    effort = fit("latents", vae.train(), loss, schedule, checkpoint, BATCH)
-    measure(vae.eval(), torch.cat([draw(random.Random(f"{seed}/measure/{k}")) for k in range(16)]))
+    measure(vae, torch.cat([draw(random.Random(f"{seed}/measure/{k}")) for k in range(16)]))
+    # What reads the pictures off the last activations stays: those are large and would move it by a whole colour in a step.
+    parts = nn.ModuleList([vae.decoder.conv_in, vae.decoder.mid_block, vae.decoder.up_blocks])
+    effort = fit("latents", parts.train(), loss, schedule, checkpoint, BATCH)
+    vae.eval()
     return effort
 
 
 def latent_loss(vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """The picture's error after a sample of the posterior, and the pull. pixels: (B, 3, H, W) in [-1, 1]."""
-    posterior = vae.encode(pixels).latent_dist
-    latents = posterior.sample(generator)
+    """The error of pictures decoded from samples of the posterior, that of figures weighted. pixels: (B, 3, H, W) in [-1, 1]."""
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.sample(generator)
     error = vae.decode(latents).sample - pixels
-    return (error.abs() + error.square()).mean() + PULL * posterior.kl().sum() / latents.numel()
+    weight = torch.where(figures(pixels), EMPHASIS, 1.0).expand_as(error)
+    return ((error.abs() + error.square()) * weight).sum() / weight.sum()
+
+
+def figures(pixels: Tensor) -> Tensor:
+    """Which pixels are off the background, the commonest colour of a picture: (B, 3, H, W) -> (B, 1, H, W) booleans."""
+    return (pixels != pixels.flatten(2).median(-1).values[..., None, None]).any(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -294,6 +327,7 @@ class Batch:
         prompts: with the negative prompt for some drawings; of an example with a picture, `widened` as in use.
         latents, noise: of drawings, (B, c, h, w): where they go, and what they set out from.
         times: (B,), how far they are.
+        weights: (B, 1, h, w), what each latent counts.
         responses: token ids of text responses, with the end.
         pictures: that are shown, as the language model takes them.
     """
@@ -302,6 +336,7 @@ class Batch:
     latents: Tensor | None = None
     noise: Tensor | None = None
     times: Tensor | None = None
+    weights: Tensor | None = None
     responses: list[list[int]] | None = None
     pictures: dict[str, Tensor] | None = None
 
@@ -323,9 +358,13 @@ def collate(model: OmniGen2, examples: Sequence[Example], rng: random.Random, un
         )
     if kind == "draw":
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        latents = latents_of(model.vae, pixels_of([made.scene for made in examples]))
+        pixels = pixels_of([made.scene for made in examples])
+        latents = latents_of(model.vae, pixels)
         noise = torch.randn(latents.shape, generator=generator)
-        return Batch(prompts, latents, noise, torch.rand(len(examples), generator=generator) ** LEANING)
+        times = torch.rand(len(examples), generator=generator) ** LEANING
+        side = model.network.transformer.config.patch_size
+        drawn = F.interpolate(F.max_pool2d(figures(pixels).float(), side), scale_factor=side)
+        return Batch(prompts, latents, noise, times, 1 + (EMPHASIS - 1) * drawn)
     end = model.tokenizer.convert_tokens_to_ids(EOS)
     responses = [[*model.tokenizer(made.response, add_special_tokens=False)["input_ids"], end] for made in examples]
     if kind == "infer":
@@ -354,17 +393,14 @@ def joint_loss(model: OmniGen2, batch: Batch) -> Tensor:
 
 
 def _flow_loss(model: OmniGen2, batch: Batch) -> Tensor:
-    """From noise straight to data, at an even pace; what stands on the background counts more than it."""
-    assert batch.latents is not None and batch.noise is not None and batch.times is not None
+    """From noise straight to data, at an even pace; tokens of what stands on the background count more than it."""
+    assert batch.latents is not None and batch.noise is not None and batch.times is not None and batch.weights is not None
     transformer = model.network.transformer
     ids, there = pad([p.ids for p in batch.prompts], model.pad_id, "right")
     texts = transformer.read(mllm.states(model.network.mllm, ids, there), [len(p.ids) for p in batch.prompts])
     z = torch.lerp(batch.noise, batch.latents, batch.times[:, None, None, None])
     error = transformer.velocity(texts, z, batch.times) - (batch.latents - batch.noise)
-    ground = batch.latents.flatten(2).median(-1).values[..., None, None]
-    drawn = ((batch.latents - ground).abs() > 0.5).any(1, keepdim=True)
-    weight = torch.where(drawn, EMPHASIS, 1.0).expand_as(error)
-    return (weight * error.square()).sum() / weight.sum()
+    return (error.square().mean(1, keepdim=True) * batch.weights).sum() / batch.weights.sum()
 
 
 # ------------------------------------------------------------------------------------------------------------------------ writing

@@ -114,25 +114,25 @@ SIZES: dict[str, HarmonConfig] = {
 
 
 def twin(vocabulary: int) -> HarmonConfig:
-    """The twin: 32 x 32 pictures as 8 x 8 tokens of 4 x 4 latents, 2.6 million parameters."""
+    """The twin: 32 x 32 pictures as 8 x 8 tokens of 4 x 4 latents, 2.4 million parameters."""
     return HarmonConfig(
-        QwenSizes(160, 368, 5, 5, 5, vocabulary, 512, rope_theta=10000.0),
+        QwenSizes(160, 320, 4, 5, 5, vocabulary, 512, rope_theta=10000.0),
         MarSizes(
             img_size=32,
             vae_stride=1,
             patch_size=4,
-            encoder_embed_dim=96,
+            encoder_embed_dim=128,
             encoder_depth=2,
             encoder_num_heads=4,
-            decoder_embed_dim=96,
+            decoder_embed_dim=128,
             decoder_depth=3,
             decoder_num_heads=4,
             mlp_ratio=3.0,
             vae_embed_dim=3,
-            buffer_size=4,
+            buffer_size=16,
             diffloss_d=3,
             diffloss_w=160,
-            num_sampling_steps="ddim50",
+            num_sampling_steps="ddim20",
         ),
         grid=8,
     )
