@@ -178,9 +178,9 @@ def named_in(said: str) -> tuple[Thing, ...] | None:
     """The things that an answer looks at before it concludes; None if it describes the picture."""
     if said.startswith("the picture shows "):
         return None
-    assert said.startswith("this is about ")
-    things = re.findall(r"the (\w+) (\w+) (\w+) at the (\w+) (\w+)", said)
-    return tuple(Thing(ROWS.index(row), COLUMNS.index(column), s, c, z) for z, c, s, row, column in things)
+    assert said.startswith(("at the ", "there is no such shape"))
+    things = re.findall(r"at the (\w+) (\w+) there is a (\w+) (\w+) (\w+)", said)
+    return tuple(Thing(ROWS.index(row), COLUMNS.index(column), s, c, z) for row, column, z, c, s in things)
 
 
 def enough(question: grammar.Question) -> bool:

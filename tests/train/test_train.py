@@ -12,7 +12,12 @@ from unisonde.train import train_twin
 from unisonde.train.janus_pro import Recipe, train
 from unisonde.train.loop import Schedule
 
-TOY = Recipe(codes=Schedule(3, 1e-3, 1), joint=Schedule(3, 1e-3, 1), mix={"draw": 2, "infer": 2, "caption": 2, "answer": 2})
+TOY = Recipe(
+    codes=Schedule(3, 1e-3, 1),
+    vision=Schedule(3, 1e-3, 1),
+    joint=Schedule(3, 1e-3, 1),
+    mix={"draw": 2, "infer": 2, "caption": 2, "answer": 2},
+)
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,16 @@ class PatchCodes:
         patches = patches_of(np.stack([render_array(scene) for scene in scenes]))
         return torch.tensor([[self._number[patch.tobytes()] for patch in picture] for picture in patches])
 
+    def look(self, width: int) -> Tensor:
+        """What the patches look like, alike where they are: (K, width), float64. The principal components of their pixels, each with the
+        root of its deviation, so that the many small differences between shapes count beside the few large ones between colours.
+        """
+        patches = torch.from_numpy(self.patches).double() / 127.5 - 1
+        centred = patches - patches.mean(0)
+        _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+        components = centred @ directions[:width].T
+        return components / components.std(0) ** 0.5
+
 
 @cache
 def patch_codes() -> PatchCodes:
@@ -139,10 +149,7 @@ def initialise(vq: JanusVQVAE, seed: int) -> None:
                 nn.init.zeros_(module.bias)
             if name.endswith(("conv2", "proj_out")):
                 nn.init.zeros_(module.weight)
-    patches = torch.from_numpy(patch_codes().patches).double() / 127.5 - 1
-    centred = patches - patches.mean(0)
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    look = centred @ directions[: vq.config.embed_dim].T
+    look = patch_codes().look(vq.config.embed_dim)
     book = vq.quantize.embedding.weight
     book.zero_()
-    book[: len(look)] = F.normalize(look / look.std(0) ** 0.5, dim=-1).to(book)
+    book[: len(look)] = F.normalize(look, dim=-1).to(book)

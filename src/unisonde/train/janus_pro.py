@@ -1,4 +1,5 @@
-"""How `twin/janus-pro` is made: image codes first, then one Llama for drawing, inferring, captioning and answering together.
+"""How `twin/janus-pro` is made: image codes and the words for patches first, then one Llama for drawing, inferring, captioning and
+answering together.
 
 `unisonde train janus-pro` runs this file from nothing to a folder that `unisonde.load` opens; the shipped weights came from it.
 """
@@ -28,7 +29,9 @@ from unisonde.models.parts.text import pad
 from unisonde.train.export import new_folder, save_hub_layout, save_own
 from unisonde.train.image_codes import SCHEDULE as CODES
 from unisonde.train.image_codes import code_weights, patch_codes, pixels_of, train_image_codes
-from unisonde.train.loop import Schedule, autocast_dtype, fit
+from unisonde.train.loop import Effort, Schedule, autocast, autocast_dtype, fit
+from unisonde.train.patch_words import SCHEDULE as VISION
+from unisonde.train.patch_words import WORDS, train_patch_words
 from unisonde.train.tabletop_batches import Example, Kind, example, word_tokenizer
 
 GENERATION: dict[Task, Generation] = {
@@ -38,7 +41,7 @@ GENERATION: dict[Task, Generation] = {
 """The twin's sampling settings. Its world is small and exact, so it draws cooler and with less guidance than the published model."""
 
 
-JOINT = Schedule(steps=3000, rate=2e-3, matrix_rate=0.02, warmup=60, weight_decay=0.02)
+JOINT = Schedule(steps=2950, rate=3e-3, matrix_rate=0.015, warmup=60, weight_decay=0.02)
 
 FIGURE = 4.0
 """What a code of a figure counts in the loss of a drawing against one of the plain background. Most codes are background, soon known."""
@@ -57,10 +60,11 @@ class Recipe:
 
     seed: int = 0
     precision: str = "auto"
-    mix: dict[Kind, int] = field(default_factory=lambda: {"draw": 16, "infer": 4, "caption": 4, "answer": 14})
+    mix: dict[Kind, int] = field(default_factory=lambda: {"draw": 16, "infer": 4, "caption": 3, "answer": 15})
     batches: int = 2
     unconditional: float = 0.1
     codes: Schedule = CODES
+    vision: Schedule = VISION
     joint: Schedule = JOINT
 
 
@@ -76,12 +80,16 @@ def new_twin(seed: int) -> JanusPro:
     return JanusPro(network, tokenizer, processor, "twin/janus-pro", system="", generation=GENERATION)
 
 
+LIKENESS = 0.8
+"""Share of what patches look like in the variance of the embeddings and of the head of untrained codes. The rest sets each apart."""
+
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "projection_layer.weight", "fc2.weight")
 
 
 @torch.no_grad()
 def initialise(network: JanusForConditionalGeneration, seed: int) -> None:
-    """Weights that keep the scale of what they are given (LeCun), embeddings of about unit size, quiet residual branches.
+    """Weights that keep the scale of what they are given (LeCun), embeddings of about unit size, quiet residual branches, and image codes
+    that are alike where their patches look alike (`LIKENESS`).
 
     With the default of `transformers`, 0.02 for everything, the features of image codes begin at 2e-4, which the first norm lifts to a
     fifth of unit size, and attention logits of unit inputs spread by 0.06; the twin learns several times slower (docs/twins.md).
@@ -95,6 +103,10 @@ def initialise(network: JanusForConditionalGeneration, seed: int) -> None:
         )
         inside = ".layers." in name and name.endswith(RESIDUAL_OUTPUTS)
         weight.normal_(std=0.3 * std if inside else std, generator=generator)
+    look = patch_codes().look(40)
+    for codes in (network.model.generation_embeddings.weight, network.model.generation_head.vision_head.weight):
+        spread = torch.randn(look.shape[1], codes.shape[1], generator=generator, dtype=look.dtype) / look.shape[1] ** 0.5
+        codes.copy_(codes * (1 - LIKENESS) ** 0.5 + look / look.std() @ spread * codes.std() * LIKENESS**0.5)
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,16 @@ def collate(model: JanusPro, examples: Sequence[Example], rng: random.Random, un
     if kind == "draw":
         return Batch(ids, next_token, codes=patch_codes().of(scenes))
     return Batch(ids, next_token, pixels=None if kind == "infer" else pixels_of(scenes))
+
+
+def learn_words(
+    model: JanusPro, checkpoint: Path, seed: int, precision: torch.dtype | None = None, schedule: Schedule = VISION
+) -> Effort:
+    """The vision encoder and its aligner learn the words for what patches show."""
+    inner = model.network.model
+    embeddings = inner.language_model.embed_tokens.weight.detach()[model.tokenizer.convert_tokens_to_ids(list(WORDS))].clone()
+    encoder = nn.ModuleList([inner.vision_model, inner.aligner])
+    return train_patch_words(encoder, model.see, embeddings, checkpoint, seed, precision, schedule)
 
 
 def joint_parts(model: JanusPro) -> nn.ModuleList:
@@ -180,6 +202,7 @@ def train(out: Path, recipe: Recipe | None = None) -> Path:
     network = model.network
     code_effort = train_image_codes(network.model.vqmodel, work / "codes.pt", recipe.seed, recipe.codes)
     precision = autocast_dtype(recipe.precision)
+    vision_effort = learn_words(model, work / "vision.pt", recipe.seed, precision, recipe.vision)
 
     def loss(number: int) -> Tensor:
         rng = random.Random(f"{recipe.seed}/joint/{number}")
@@ -187,8 +210,7 @@ def train(out: Path, recipe: Recipe | None = None) -> Path:
         sequences = sum(recipe.mix.values())
         for kind, count in recipe.mix.items():
             batch = collate(model, [example(rng, kind) for _ in range(count)], rng, recipe.unconditional)
-            # Each weight is used once, so a cache of casts, which threads would share, saves nothing.
-            with torch.autocast(model.device.type, precision or torch.bfloat16, enabled=precision is not None, cache_enabled=False):
+            with autocast(precision, model.device.type):
                 total = total + joint_loss(model, batch) * (count / sequences)
         return total
 
@@ -196,7 +218,7 @@ def train(out: Path, recipe: Recipe | None = None) -> Path:
     joint_effort = fit("twin", joint_parts(model).train(), loss, recipe.joint, work / "joint.pt", samples, recipe.batches)
     record = {
         "recipe": asdict(recipe),
-        "effort": {"codes": asdict(code_effort), "joint": asdict(joint_effort)},
+        "effort": {"codes": asdict(code_effort), "vision": asdict(vision_effort), "joint": asdict(joint_effort)},
         "precision": str(precision or torch.float32).removeprefix("torch."),
         "torch": torch.__version__,
         "processor": platform.machine(),

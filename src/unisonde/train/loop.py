@@ -184,3 +184,8 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
         return torch.bfloat16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else None
+
+
+def autocast(precision: torch.dtype | None, device: str = "cpu") -> torch.autocast:
+    """Mixed precision in `precision`, or none of it. Without the cache of casts: each weight is used once, and threads would share it."""
+    return torch.autocast(device, precision or torch.bfloat16, enabled=precision is not None, cache_enabled=False)

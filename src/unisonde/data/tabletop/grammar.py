@@ -74,9 +74,9 @@ class Question:
 # ---------------------------------------------------------------------------------------------------------------- descriptions
 
 
-def phrase(thing: Thing, article: str = "a") -> str:
+def phrase(thing: Thing) -> str:
     """`a large red circle at the top left`."""
-    return f"{article} {thing.size} {thing.colour} {thing.shape} at the {thing.place}"
+    return f"a {thing.size} {thing.colour} {thing.shape} at the {thing.place}"
 
 
 def with_article(noun: str) -> str:
@@ -97,16 +97,17 @@ def describe(scene: Scene, background: bool = True) -> str:
 
 
 def answer(scene: Scene, question: Question) -> str:
-    """What matters, then what follows: `this is about the small red ring at the top left. so the answer is red.`
+    """What matters, then what follows: `at the top left there is a small red ring. so the answer is red.`
 
     Where the picture as a whole matters, its description takes the place of the things.
     """
     if question.about is None:
         seen = describe(scene)
     elif question.about:
-        seen = f"this is about {listing([phrase(thing, 'the') for thing in question.about])}."
+        there = [f"at the {thing.place} there is a {thing.size} {thing.colour} {thing.shape}" for thing in question.about]
+        seen = f"{listing(there)}."
     else:
-        seen = "this is about none of the shapes in the picture."
+        seen = "there is no such shape anywhere in this picture."
     return f"{seen} so the answer is {question.answer}."
 
 
