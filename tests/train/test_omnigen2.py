@@ -116,7 +116,7 @@ def test_sixteen_items_by_heart(tmp_path, one_thread) -> None:
         return joint_loss(model, drawn) + joint_loss(model, written)
 
     parts = joint_parts(model.network).train()
-    fit("twin", parts, joint_step, Schedule(1200, 2e-3, 20, matrix_rate=0.02), tmp_path / "joint.pt", 16)
+    fit("twin", parts, joint_step, Schedule(1600, 2e-3, 20, matrix_rate=0.02), tmp_path / "joint.pt", 16)
     model.network.eval()
 
     drawn = model.respond(ITEMS, "image", model.defaults("image"))
