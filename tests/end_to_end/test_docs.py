@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import unisonde
+from unisonde.data.catalogue import DATA
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if "```python" in page.read_text())
@@ -46,3 +47,10 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path, monkeypatch) -> None:
         for name in set(sys.modules) - before:
             if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(sys.modules[name].__file__):
                 del sys.modules[name]
+
+
+def test_the_page_on_data_lists_the_data_sets_that_there_are() -> None:
+    text = (ROOT / "docs" / "data.md").read_text()
+    [table] = re.findall(r"^\| name \| items for .*?(?=^$)", text, re.S | re.M)
+    named = {name.partition(":")[0] for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    assert named == set(DATA)
