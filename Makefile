@@ -12,7 +12,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 demo: $(VENV)/.installed
 	$(BIN)/unisonde probe twin/janus-pro --data tabletop --task text image --limit 60 --out runs/demo/janus-pro
-	$(BIN)/unisonde probe smollm2-135m-q4 --data $(if $(COREBENCH),t2i-corebench,prompts) --task text --tokens 32 --batch-size 20 --limit 60 --out runs/demo/smollm2-135m
+	$(BIN)/unisonde probe smollm2-135m-q4 --data $(if $(COREBENCH),t2i-corebench,prompts) --task text --tokens 32 --limit 60 --out runs/demo/smollm2-135m
 	$(BIN)/unisonde report runs/demo/janus-pro runs/demo/smollm2-135m -o runs/demo/report.html
 	@echo "open runs/demo/report.html"
 
