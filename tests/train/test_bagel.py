@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unisonde.data.item import Item
-from unisonde.data.tabletop import grammar, judge, render, text_item
+from unisonde.data.tabletop import grammar, judge, render
 from unisonde.models.bagel import BEGIN_IMAGE, END_IMAGE, Encoded, normals
 from unisonde.models.parts import flux_vae
 from unisonde.models.parts.bagel_flow import Canvas, Context
@@ -23,11 +23,9 @@ from unisonde.train.bagel import (
 )
 from unisonde.train.image_codes import crowd, pixels_of
 from unisonde.train.loop import Schedule, fit
-from unisonde.train.tabletop_batches import Example, example
+from unisonde.train.tabletop_batches import example
 
-ITEMS = [text_item("composition", "train", 0, k, 1 + k % 3) for k in range(16)]
-SCENES = [item.labels["scene"] for item in ITEMS]
-REQUEST = grammar.CAPTION_REQUESTS[0]
+from .sixteen import CAPTIONS, DRAWINGS, ITEMS, REQUEST, SCENES
 
 
 def test_a_new_twin() -> None:
@@ -106,15 +104,12 @@ def test_sixteen_items_by_heart(tmp_path, one_thread) -> None:
         pictures = [model.decode(latents) for latents in flux_vae.encode(model.vae, pixels_of(SCENES))]
     assert all(judge(picture, scene).exact for picture, scene in zip(pictures, SCENES, strict=True))
 
-    drawings = [Example("draw", item.prompt, scene, None) for item, scene in zip(ITEMS, SCENES, strict=True)]
-    captions = [Example("caption", REQUEST, scene, grammar.describe(scene)) for scene in SCENES]
-
     def joint_step(step: int) -> torch.Tensor:
         rng = random.Random(f"joint/{step}")
-        drawn = joint_loss(model, collate(model, rng.sample(drawings, 12), rng))
+        drawn = joint_loss(model, collate(model, rng.sample(DRAWINGS, 12), rng))
         if step % 4:
             return drawn
-        return drawn + joint_loss(model, collate(model, rng.sample(captions, 8), rng))
+        return drawn + joint_loss(model, collate(model, rng.sample(CAPTIONS, 8), rng))
 
     parts = joint_parts(model.network).train()
     fit("twin", parts, joint_step, Schedule(700, 2e-3, 20, matrix_rate=0.02), tmp_path / "joint.pt", 14)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unisonde.data.item import Item
-from unisonde.data.tabletop import grammar, judge, render, text_item
+from unisonde.data.tabletop import grammar, judge, render
 from unisonde.models.emu3 import END_ROW, code_word
 from unisonde.train.emu3 import (
     FIGURE,
@@ -26,9 +26,7 @@ from unisonde.train.image_codes import patch_codes, pixels_of
 from unisonde.train.loop import Schedule, fit
 from unisonde.train.tabletop_batches import Example, example
 
-ITEMS = [text_item("composition", "train", 0, k, 1 + k % 3) for k in range(16)]
-SCENES = [item.labels["scene"] for item in ITEMS]
-REQUEST = grammar.CAPTION_REQUESTS[0]
+from .sixteen import CAPTIONS, DRAWINGS, ITEMS, REQUEST, SCENES
 
 
 def test_the_twin_is_small_and_knows_every_patch() -> None:
@@ -114,12 +112,9 @@ def test_sixteen_items_by_heart(tmp_path, one_thread) -> None:
     assert torch.equal(torch.stack([model.codes_of(render(scene)) for scene in SCENES]), codes)
     assert all(judge(picture, scene).exact for picture, scene in zip(model.decode(codes), SCENES, strict=True))
 
-    drawings = [Example("draw", item.prompt, scene, None) for item, scene in zip(ITEMS, SCENES, strict=True)]
-    captions = [Example("caption", REQUEST, scene, grammar.describe(scene)) for scene in SCENES]
-
     def joint_step(step: int) -> torch.Tensor:
         rng = random.Random(f"joint/{step}")
-        draws, written = (collate(model, rng.sample(of, count), rng) for of, count in ((drawings, 8), (captions, 4)))
+        draws, written = (collate(model, rng.sample(of, count), rng) for of, count in ((DRAWINGS, 8), (CAPTIONS, 4)))
         return joint_loss(model, draws) + joint_loss(model, written)
 
     fit("twin", joint_parts(model).train(), joint_step, Schedule(160, 2e-3, 10, matrix_rate=0.02), tmp_path / "joint.pt", 12)

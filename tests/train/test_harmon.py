@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unisonde.data.item import Item
-from unisonde.data.tabletop import grammar, judge, render, text_item
+from unisonde.data.tabletop import grammar, judge, render
 from unisonde.data.tabletop.scene import Scene, Thing
 from unisonde.models.harmon import Harmon
 from unisonde.models.parts import kl16
@@ -35,9 +35,7 @@ from unisonde.train.image_codes import crowd, pixels_of
 from unisonde.train.loop import Schedule, fit
 from unisonde.train.tabletop_batches import Example, example
 
-ITEMS = [text_item("composition", "train", 0, k, 1 + k % 3) for k in range(16)]
-SCENES = [item.labels["scene"] for item in ITEMS]
-REQUEST = grammar.CAPTION_REQUESTS[0]
+from .sixteen import CAPTIONS, DRAWINGS, ITEMS, REQUEST, SCENES
 
 
 @pytest.fixture(scope="module")
@@ -224,17 +222,14 @@ def test_sixteen_items_by_heart(tmp_path, one_thread) -> None:
         again = model.decode(model.tokens_of(pixels_of(SCENES)))
     assert all(judge(picture, scene, background=True).exact for picture, scene in zip(again, SCENES, strict=True))
 
-    drawings = [Example("draw", item.prompt, scene, None) for item, scene in zip(ITEMS, SCENES, strict=True)]
-    captions = [Example("caption", REQUEST, scene, grammar.describe(scene)) for scene in SCENES]
-
     parts = joint_parts(model.network).train()
 
     def joint_step(step: int) -> torch.Tensor:
         rng = random.Random(f"joint/{step}")
-        drawn = joint_loss(model, collate(model, rng.sample(drawings, 8), rng, 0.06), parts["guess"])
+        drawn = joint_loss(model, collate(model, rng.sample(DRAWINGS, 8), rng, 0.06), parts["guess"])
         if step % 2:
             return drawn
-        return drawn + joint_loss(model, collate(model, rng.sample(captions, 4), rng))
+        return drawn + joint_loss(model, collate(model, rng.sample(CAPTIONS, 4), rng))
 
     fit("twin", parts, joint_step, Schedule(900, 4e-4, 10, matrix_rate=0.02), tmp_path / "joint.pt", 10)
     model.network.eval()

@@ -8,15 +8,13 @@ import pytest
 import torch
 
 from unisonde.data.item import Item
-from unisonde.data.tabletop import grammar, judge, render, text_item
+from unisonde.data.tabletop import grammar, judge, render
 from unisonde.train.image_codes import crowd, pixels_of
 from unisonde.train.loop import Schedule, fit
 from unisonde.train.omnigen2 import collate, figures, joint_loss, joint_parts, latents_of, new_twin, new_vae, train_vae
 from unisonde.train.tabletop_batches import Example, example
 
-ITEMS = [text_item("composition", "train", 0, k, 1 + k % 3) for k in range(16)]
-SCENES = [item.labels["scene"] for item in ITEMS]
-REQUEST = grammar.CAPTION_REQUESTS[0]
+from .sixteen import CAPTIONS, DRAWINGS, ITEMS, REQUEST, SCENES
 
 
 def test_the_autoencoder_begins_as_the_identity() -> None:
@@ -107,12 +105,9 @@ def test_sixteen_items_by_heart(tmp_path, one_thread) -> None:
     shaken = latents + 0.1 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     assert all(judge(picture, scene).exact for picture, scene in zip(model.decode(shaken), SCENES, strict=True))
 
-    drawings = [Example("draw", item.prompt, scene, None) for item, scene in zip(ITEMS, SCENES, strict=True)]
-    captions = [Example("caption", REQUEST, scene, grammar.describe(scene)) for scene in SCENES]
-
     def joint_step(step: int) -> torch.Tensor:
         rng = random.Random(f"joint/{step}")
-        drawn, written = (collate(model, rng.sample(of, count), rng) for of, count in ((drawings, 12), (captions, 4)))
+        drawn, written = (collate(model, rng.sample(of, count), rng) for of, count in ((DRAWINGS, 12), (CAPTIONS, 4)))
         return joint_loss(model, drawn) + joint_loss(model, written)
 
     parts = joint_parts(model.network).train()

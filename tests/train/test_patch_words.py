@@ -8,7 +8,7 @@ import torch
 
 from unisonde.data.tabletop.render import render_array
 from unisonde.data.tabletop.scene import HELD_OUT, Scene, Thing
-from unisonde.train.image_codes import patches_of, pixels_of
+from unisonde.train.image_codes import patch_codes, patches_of, pixels_of
 from unisonde.train.janus_pro import learn_words, new_twin
 from unisonde.train.loop import Schedule
 from unisonde.train.patch_words import SIZE, WORDS, familiar_crowd, shown
@@ -61,3 +61,14 @@ def test_words_are_read_back_from_features(tmp_path) -> None:
     assert torch.equal(
         model.network.model.language_model.embed_tokens.weight[model.tokenizer.convert_tokens_to_ids(list(WORDS))], words
     )
+
+
+def test_codes_begin_alike_where_their_patches_look_alike() -> None:
+    look = torch.nn.functional.normalize(patch_codes().look(40), dim=1)
+    model = new_twin(0).network.model
+    apart = ~torch.eye(len(look), dtype=torch.bool)
+    for codes in (model.generation_embeddings.weight, model.generation_head.vision_head.weight):
+        known = torch.nn.functional.normalize(codes.detach().double(), dim=1)
+        pairs = torch.stack([(table @ table.T)[apart] for table in (look, known)])
+        assert torch.corrcoef(pairs)[0, 1] > 0.4
+        assert torch.linalg.matrix_rank(known) == min(codes.shape)  # and each is set apart

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unisonde.data.item import Item
-from unisonde.data.tabletop import grammar, judge, render, text_item
+from unisonde.data.tabletop import grammar, judge, render
 from unisonde.data.tabletop.scene import Scene, Thing
 from unisonde.models.parts.text import pad
 from unisonde.models.showo import Drawing
@@ -17,9 +17,7 @@ from unisonde.train.loop import Schedule, fit
 from unisonde.train.showo import code_loss, code_names, codes_of, collate, covers, joint_loss, new_twin, train_codes
 from unisonde.train.tabletop_batches import Example, example
 
-ITEMS = [text_item("composition", "train", 0, k, 1 + k % 3) for k in range(16)]
-SCENES = [item.labels["scene"] for item in ITEMS]
-REQUEST = grammar.CAPTION_REQUESTS[0]
+from .sixteen import CAPTIONS, DRAWINGS, ITEMS, REQUEST, SCENES
 
 
 def test_every_patch_has_a_code_of_its_own() -> None:
@@ -103,12 +101,9 @@ def test_sixteen_items_by_heart(tmp_path, one_thread) -> None:
     with torch.inference_mode():
         assert torch.equal(model.image_codes.encode(pixels_of(SCENES)), codes_of(SCENES, 11))
 
-    drawings = [Example("draw", item.prompt, scene, None) for item, scene in zip(ITEMS, SCENES, strict=True)]
-    captions = [Example("caption", REQUEST, scene, grammar.describe(scene)) for scene in SCENES]
-
     def joint_step(step: int) -> torch.Tensor:
         rng = random.Random(f"joint/{step}")
-        drawn, written = (collate(model, rng.sample(of, count), rng) for of, count in ((drawings, 6), (captions, 2)))
+        drawn, written = (collate(model, rng.sample(of, count), rng) for of, count in ((DRAWINGS, 6), (CAPTIONS, 2)))
         return joint_loss(model, drawn) + joint_loss(model, written)
 
     fit("twin", model.network.train(), joint_step, Schedule(480, 2e-3, 10, matrix_rate=0.02), tmp_path / "joint.pt", 8)

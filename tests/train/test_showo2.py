@@ -12,7 +12,7 @@ import torch
 
 import unisonde
 from unisonde.data.item import Item
-from unisonde.data.tabletop import grammar, judge, render, text_item
+from unisonde.data.tabletop import judge, render, text_item
 from unisonde.data.tabletop.scene import BACKGROUNDS
 from unisonde.models.parts import wan_vae
 from unisonde.models.showo2 import Showo2
@@ -20,13 +20,9 @@ from unisonde.train import showo2
 from unisonde.train.image_codes import crowd, pixels_of
 from unisonde.train.loop import Schedule, fit
 from unisonde.train.showo2 import FIGURE, collate, decoder_loss, export, joint_loss, joint_parts, measure, new_twin, train_latents
-from unisonde.train.tabletop_batches import Example, example
+from unisonde.train.tabletop_batches import example
 
-ITEMS = [text_item("composition", "train", 0, k, 1 + k % 3) for k in range(16)]
-SCENES = [item.labels["scene"] for item in ITEMS]
-REQUEST = grammar.CAPTION_REQUESTS[0]
-DRAWINGS = [Example("draw", item.prompt, scene, None) for item, scene in zip(ITEMS, SCENES, strict=True)]
-CAPTIONS = [Example("caption", REQUEST, scene, grammar.describe(scene)) for scene in SCENES]
+from .sixteen import CAPTIONS, DRAWINGS, ITEMS, REQUEST, SCENES
 
 DECODER = Schedule(steps=250, rate=2e-3, warmup=20, weight_decay=0.0)
 JOINT = Schedule(steps=500, rate=2e-3, warmup=20, weight_decay=0.0, matrix_rate=0.02)

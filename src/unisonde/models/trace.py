@@ -72,7 +72,7 @@ class Reading:
         """Refuse a reading of stacks that the model `name` has not.
 
         Raises:
-            ValueError: there is such a stack.
+            ValueError: there is no such stack.
         """
         known = [stack.name for stack in stacks]
         if unknown := sorted(set(self.stacks or ()) - set(known)):
