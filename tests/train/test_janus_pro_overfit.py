@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from unisonde.data.item import Item
 from unisonde.data.tabletop import grammar, judge, render
 from unisonde.train.image_codes import GRID, PATCH, decode, initialise, patch_codes, pixels_of
-from unisonde.train.janus_pro import collate, joint_loss, joint_parts, new_twin
+from unisonde.train.janus_pro import collate, joint_loss, joint_parts, learn_words, new_twin
 from unisonde.train.loop import Schedule, fit
 from unisonde.train.tabletop_batches import Example
 
@@ -49,6 +49,8 @@ def test_sixteen_items_by_heart(tmp_path: Path, one_thread) -> None:
     fit("image codes", decoder.train(), code_loss, CODES, tmp_path / "codes.pt", 6)
     vq.eval()
     assert all(judge(picture, s, background=True).exact for picture, s in zip(model.decode(codes), scenes, strict=True))
+
+    learn_words(model, tmp_path / "vision.pt", 0)
 
     def loss(step: int) -> torch.Tensor:
         rng = random.Random(f"joint/{step}")

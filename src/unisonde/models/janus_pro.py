@@ -2,9 +2,9 @@
 
 The parts are the `transformers` Janus classes at every size, so the twin and the published 1B and 7B are one code; `load` opens the
 original format (`deepseek-ai`, `parts.janus_keys`) and the converted one (`deepseek-community`). What is ours: the published templates,
-the spans, the sampling loop of images, the teacher-forced pass, and the two places where `transformers` departs from the official code:
-the size of a resized picture and the codes of a picture. `generate(generation_mode="image")` of `transformers` cannot give hidden
-states, has guidance always on and fails without a mask, so it is not used.
+the spans, the sampling loop of images, the teacher-forced pass, and the places where `transformers` departs from the official code:
+the size of a resized picture, the codes of a picture, and how many there are. `generate(generation_mode="image")` of `transformers`
+cannot give hidden states, has guidance always on and fails without a mask, so it is not used.
 
 Prompt states: the positions of the prompt's text, or of the image's features (576 at full size), and of the question after it. Response
 states: the positions at which a response token, or an image code, is the input (DESIGN.md, decision 3). Stack `llm`; one pass, step
@@ -69,7 +69,7 @@ def full_size(hidden: int, ffn: int, layers: int, heads: int) -> JanusConfig:
 
 
 def twin(vocabulary: int, image_token: int) -> JanusConfig:
-    """The configuration of `twin/janus-pro`: 32 x 32 pictures as 8 x 8 codes, 2.93 million parameters."""
+    """The configuration of `twin/janus-pro`: 32 x 32 pictures drawn as 8 x 8 codes and read as 4 x 4 features, 2.94 million parameters."""
     hidden = 160
     text = LlamaConfig(
         vocab_size=vocabulary,
@@ -86,8 +86,8 @@ def twin(vocabulary: int, image_token: int) -> JanusConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         image_size=32,
-        patch_size=4,
-        num_image_tokens=64,
+        patch_size=8,  # of 64 features the twin learns far later which ones a question speaks of (docs/twins.md)
+        num_image_tokens=16,
         mlp_ratio=2.0,
         projection_dim=hidden,
     )
@@ -129,6 +129,17 @@ class ImageProcessor(JanusImageProcessorPil):
         return resize(image, (height, width), resample or self.resample, data_format=first, input_data_format=first)
 
 
+def set_code_grid(network: JanusForConditionalGeneration) -> None:
+    """As many image codes as the image tokenizer makes; `transformers` takes as many as the vision encoder has patches.
+
+    The published models have 24 x 24 of both.
+    """
+    vq = network.config.vq_config
+    side = network.config.vision_config.image_size // 2 ** (len(vq.channel_multiplier) - 1)
+    vq.num_patches = side
+    network.model.vqmodel.quantize.quant_state_dims = [side, side]
+
+
 class JanusPro(Model):
     """A Janus-Pro of any size.
 
@@ -154,6 +165,7 @@ class JanusPro(Model):
         generation: dict[Task, Generation] | None = None,
     ) -> None:
         self.network = network.eval()
+        set_code_grid(network)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.name = name

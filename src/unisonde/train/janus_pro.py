@@ -1,4 +1,4 @@
-"""How `twin/janus-pro` is made: image codes and the words for patches first, then one Llama for drawing, inferring, captioning and
+"""How `twin/janus-pro` is made: image codes and what patches show first, then one Llama for drawing, inferring, captioning and
 answering together.
 
 `unisonde train janus-pro` runs this file from nothing to a folder that `unisonde.load` opens; the shipped weights came from it.
@@ -31,7 +31,7 @@ from unisonde.train.image_codes import SCHEDULE as CODES
 from unisonde.train.image_codes import code_weights, patch_codes, pixels_of, train_image_codes
 from unisonde.train.loop import Effort, Schedule, autocast, autocast_dtype, fit
 from unisonde.train.patch_words import SCHEDULE as VISION
-from unisonde.train.patch_words import WORDS, train_patch_words
+from unisonde.train.patch_words import train_patch_words
 from unisonde.train.tabletop_batches import Example, Kind, example, word_tokenizer
 
 GENERATION: dict[Task, Generation] = {
@@ -41,7 +41,7 @@ GENERATION: dict[Task, Generation] = {
 """The twin's sampling settings. Its world is small and exact, so it draws cooler and with less guidance than the published model."""
 
 
-JOINT = Schedule(steps=2950, rate=3e-3, matrix_rate=0.015, warmup=60, weight_decay=0.02)
+JOINT = Schedule(steps=2500, rate=3e-3, matrix_rate=0.015, warmup=60, weight_decay=0.02)
 
 FIGURE = 4.0
 """What a code of a figure counts in the loss of a drawing against one of the plain background. Most codes are background, soon known."""
@@ -60,7 +60,7 @@ class Recipe:
 
     seed: int = 0
     precision: str = "auto"
-    mix: dict[Kind, int] = field(default_factory=lambda: {"draw": 16, "infer": 4, "caption": 3, "answer": 15})
+    mix: dict[Kind, int] = field(default_factory=lambda: {"draw": 14, "infer": 4, "caption": 3, "answer": 34})
     batches: int = 2
     unconditional: float = 0.1
     codes: Schedule = CODES
@@ -149,19 +149,18 @@ def collate(model: JanusPro, examples: Sequence[Example], rng: random.Random, un
 def learn_words(
     model: JanusPro, checkpoint: Path, seed: int, precision: torch.dtype | None = None, schedule: Schedule = VISION
 ) -> Effort:
-    """The vision encoder and its aligner learn the words for what patches show."""
-    inner = model.network.model
-    embeddings = inner.language_model.embed_tokens.weight.detach()[model.tokenizer.convert_tokens_to_ids(list(WORDS))].clone()
-    encoder = nn.ModuleList([inner.vision_model, inner.aligner])
-    return train_patch_words(encoder, model.see, embeddings, checkpoint, seed, precision, schedule)
+    """The vision encoder and its aligner learn to tell what patches show."""
+    config = model.network.config
+    encoder = nn.ModuleList([model.network.model.vision_model, model.network.model.aligner])
+    width, patch = config.text_config.hidden_size, config.vision_config.patch_size
+    return train_patch_words(encoder, model.see, width, patch, checkpoint, seed, precision, schedule)
 
 
 def joint_parts(model: JanusPro) -> nn.ModuleList:
-    """What is trained jointly: everything but the image tokenizer."""
+    """What is trained jointly: everything but the image tokenizer and the vision encoder, which have had their lessons."""
     inner = model.network.model
-    understanding = [inner.vision_model, inner.aligner]
     generation = [inner.generation_embeddings, inner.generation_aligner, inner.generation_head]
-    return nn.ModuleList([*understanding, *generation, inner.language_model, model.network.lm_head])
+    return nn.ModuleList([*generation, inner.language_model, model.network.lm_head])
 
 
 def joint_loss(model: JanusPro, batch: Batch) -> Tensor:
@@ -171,7 +170,8 @@ def joint_loss(model: JanusPro, batch: Batch) -> Tensor:
     if batch.codes is not None:
         features = model.code_features(batch.codes)
     elif batch.pixels is not None:
-        features = model.see(batch.pixels)
+        with torch.no_grad():
+            features = model.see(batch.pixels)
     states = network.model.language_model(inputs_embeds=model.embed(batch.ids, features), use_cache=False).last_hidden_state
     learnt = batch.next_token != -100
     if batch.codes is not None:

@@ -27,7 +27,7 @@ KINDS: tuple[Kind, ...] = ("draw", "infer", "caption", "answer")
 COMPOSITION_SHARE = 0.6
 """Share of direct descriptions among text prompts; the other three categories share the rest."""
 
-ATTRIBUTE_SHARE = 0.6
+ATTRIBUTE_SHARE = 0.7
 """Share of attribute questions among questions; the other five categories share the rest. They teach finding a thing by its name."""
 
 _WORDS = Regex(r"\n\n|\n|\w+|[^\w\s]")
