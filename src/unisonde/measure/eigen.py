@@ -2,13 +2,17 @@
 
 torch brings its own LAPACK, which computes every eigenvector even where sixty-four are wanted, and on AMD processors took 1.4 to 1.8
 times as long for the eigenvalues alone (n = 576 to 1500). scipy's threads are held to `torch.get_num_threads()`, so that one setting
-governs both and many-core machines do not spin on small matrices.
+governs both and many-core machines do not spin on small matrices. Several threads may call at once; the first one's setting holds
+until the last is done.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from threading import Lock
+from typing import Any
 
 import scipy.linalg
 import torch
@@ -42,8 +46,26 @@ def _on_cpu(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu"
 
 
-def _threads() -> AbstractContextManager[object]:
-    return _libraries().limit(limits=torch.get_num_threads(), user_api="blas")
+_lock = Lock()
+_callers = 0
+_limit: Any = None
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """The number of scipy's threads is one for the whole process, so it is put back by the last to leave."""
+    global _callers, _limit
+    with _lock:
+        if _callers == 0:
+            _limit = _libraries().limit(limits=torch.get_num_threads(), user_api="blas")
+        _callers += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _callers -= 1
+            if _callers == 0:
+                _limit.restore_original_limits()
 
 
 @cache

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -153,11 +154,17 @@ Observer = Callable[[LayerStates], None]
 
 
 class Trace:
-    """Hands the states of recorded passes to `observe`, layer by layer and row by row."""
+    """Hands the states of recorded passes to `observe`, layer by layer and row by row.
 
-    def __init__(self, observe: Observer, reading: Reading | None = None) -> None:
+    Args:
+        threads: how many rows of a layer are observed at once, each on a thread of its own that torch does not divide further. The pass
+            goes on when the layer's last row is done.
+    """
+
+    def __init__(self, observe: Observer, reading: Reading | None = None, threads: int = 1) -> None:
         self.observe = observe
         self.reading = reading or Reading()
+        self.threads = threads
 
     def wants(self, step: str, stack: str | None = None) -> bool:
         """Whether the reading takes this step, of this stack: `single` always, others as `Reading.step` says."""
@@ -186,6 +193,11 @@ class Trace:
             yield
             return
         seen: set[int] = set()
+        inference = torch.is_inference_mode_enabled()
+
+        def observe(states: LayerStates) -> None:
+            with torch.inference_mode(inference):  # which is a thread's own
+                self.observe(states)
 
         def deliver(layer: int, output: Tensor) -> None:
             if layer in seen:
@@ -194,11 +206,15 @@ class Trace:
             sequences = unpack(output.detach())
             if len(sequences) != len(rows):
                 raise RuntimeError(f"layer {layer} of {stack.name!r} gave {len(sequences)} rows, {len(rows)} were announced")
-            for row, states in zip(rows, sequences, strict=True):
-                if row is not None:
-                    self.observe(LayerStates(stack.name, step, layer, row.item, row.spans, states[: row.length]))
+            layers = (
+                LayerStates(stack.name, step, layer, row.item, row.spans, states[: row.length])
+                for row, states in zip(rows, sequences, strict=True)
+                if row is not None
+            )
+            for _ in map(self.observe, layers) if self.threads == 1 else pool.map(observe, layers):
+                pass
 
-        with hooked(stack, deliver):
+        with ThreadPoolExecutor(self.threads, "row", torch.set_num_threads, (1,)) as pool, hooked(stack, deliver):
             yield
         expected = stack.depth + 1 + (stack.norm is not None)
         if len(seen) != expected:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 
 from unisonde.data.item import Item, Task
@@ -89,7 +90,8 @@ def _measure(model: Model, chunk: Chunk, items: Sequence[Item], settings: Settin
     }
     readout = Readout(items, settings.protocol, settings.reading, constant, settings.keep_states)
     began = time.monotonic()
-    trace = Trace(readout, settings.reading)
+    # On a CPU matrices this small are measured faster one a thread than by all threads together.
+    trace = Trace(readout, settings.reading, torch.get_num_threads() if model.device.type == "cpu" else 1)
     responses = model.respond(items, chunk.task, chunk.generation, settings.seed, trace, settings.truncate)
     seconds = (time.monotonic() - began) / len(items)
     part = Part(states=readout.states)
