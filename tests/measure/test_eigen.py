@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController
 
 from unisonde.measure import Protocol, conditional_entropy, eigen
 
@@ -49,3 +52,16 @@ def test_scipy_keeps_to_the_threads_of_torch() -> None:
         assert counts and set(counts) == {1}
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_that_overlap_leave_the_library_as_it_was(rng: np.random.Generator) -> None:
+    def blas() -> list[int]:
+        return [library["num_threads"] for library in ThreadpoolController().info() if library["user_api"] == "blas"]
+
+    x = torch.from_numpy(rng.normal(size=(120, 130)))
+    matrix, before = x @ x.mT, blas()
+    expected = eigen.eigvalsh(matrix)
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        values = list(pool.map(eigen.eigvalsh, [matrix] * 200))
+    assert all(torch.allclose(found, expected, atol=1e-12 * float(expected[-1]), rtol=0) for found in values)
+    assert blas() == before and eigen._callers == 0

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import JanusForConditionalGeneration
 
+import unisonde
 from unisonde.data.item import Item
 from unisonde.data.tabletop import question_item, text_item
 from unisonde.models.base import Generation, item_seed
-from unisonde.models.janus_pro import ASSISTANT, BEGIN_IMAGE, BOS, END_IMAGE, IMAGE, USER, JanusPro, full_size
+from unisonde.models.janus_pro import ASSISTANT, BEGIN_IMAGE, BOS, END_IMAGE, IMAGE, SIZES, USER, JanusPro, full_size, set_code_grid
 from unisonde.models.parts.sampling import draw, guided, uniforms
 from unisonde.models.trace import LayerStates, Reading, Trace, hooked
 from unisonde.train.janus_pro import new_twin
@@ -97,11 +99,22 @@ def test_spans_of_a_question(model) -> None:
     encoded = model.encode(QUESTIONS[0], "text", 10)
     words = model.tokenizer.convert_ids_to_tokens(encoded.ids)
     image, text = (s for s in encoded.spans if s.kind == "content")
-    assert (
-        (image.modality, len(image)) == ("image", 64) and words[image.start - 1] == BEGIN_IMAGE and words[image.stop] == END_IMAGE
-    )
+    assert (image.modality, len(image)) == ("image", 16)
+    assert words[image.start - 1] == BEGIN_IMAGE and words[image.stop] == END_IMAGE
     assert set(words[image.start : image.stop]) == {IMAGE}
     assert words[text.start : text.stop] == model.tokenizer.tokenize(QUESTIONS[0].prompt)
+
+
+def test_codes_are_counted_by_the_image_tokenizer_and_not_by_the_vision_encoder(model) -> None:
+    for name, small in (("twin/janus-pro", unisonde.load("twin/janus-pro")), ("untrained", model)):
+        assert small.codes == 64 and small.network.config.vision_config.num_image_tokens == 16, name
+        assert small.pixels_of(torch.zeros(2, 64, dtype=torch.long)).shape == (2, 3, 32, 32)
+    published = full_size(*SIZES["1B"])
+    published.vq_config.num_patches = 0
+    with torch.device("meta"):
+        network = JanusForConditionalGeneration(published)
+    set_code_grid(network)
+    assert published.vq_config.num_patches == 24 and network.model.vqmodel.quantize.quant_state_dims == [24, 24]
 
 
 def test_states_of_an_image_prompt_depend_on_the_picture(model) -> None:

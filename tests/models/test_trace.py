@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from threading import Barrier, current_thread
 
 import pytest
 import torch
@@ -234,6 +235,39 @@ def test_packed_sequences() -> None:
         torch.testing.assert_close(s.states, alone, rtol=1e-6, atol=1e-6)
 
 
+# -- several rows at once -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_layer_are_observed_at_once_and_the_pass_waits_for_them() -> None:
+    body, together = Body(), Barrier(3, timeout=30)
+    seen: list[tuple[int, int, str, bool, int]] = []
+
+    def observe(states: LayerStates) -> None:
+        together.wait()  # breaks unless all three are here at once
+        seen.append((states.layer, states.item, current_thread().name, states.states.is_inference(), torch.get_num_threads()))
+
+    rows = [Row(k, (Span(0, 2, "prompt", "text"),)) for k in range(3)]
+    before = torch.get_num_threads()
+    with torch.inference_mode(), Trace(observe, threads=3).record(stack(body), rows):
+        body(torch.randn(3, 2, WIDTH))
+    assert [layer for layer, *_ in seen] == [layer for layer in range(5) for _ in rows]
+    assert all({item for number, item, *_ in seen if number == layer} == {0, 1, 2} for layer in range(5))
+    assert all(name.startswith("row") and inference and threads == 1 for _, _, name, inference, threads in seen)
+    assert torch.get_num_threads() == before
+
+
+def test_threads_change_no_state() -> None:
+    body, x = Body(), torch.randn(4, 5, WIDTH)
+    rows = [None, *(Row(k, (Span(0, 5, "prompt", "text"),)) for k in (2, 0, 1))]
+    found: dict[int, dict[tuple[int, int], Tensor]] = {1: {}, 2: {}}
+    for threads, states in found.items():
+        trace = Trace(lambda seen, into=states: into.update({(seen.layer, seen.item): seen.states.clone()}), threads=threads)
+        with trace.record(stack(body), rows):
+            body(x)
+    assert len(found[1]) == 15 and found[1].keys() == found[2].keys()
+    assert all(torch.equal(found[1][place], found[2][place]) for place in found[1])
+
+
 # -- what is refused ------------------------------------------------------------------------------------------------------------
 
 
@@ -289,11 +323,12 @@ def test_an_error_in_the_pass_is_the_one_that_is_seen(body: Body) -> None:
         raise KeyError("on purpose")
 
 
-def test_an_error_of_the_observer_ends_the_pass(body: Body) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_of_the_observer_ends_the_pass(body: Body, threads: int) -> None:
     def full(_: LayerStates) -> None:
         raise OSError("no space left")
 
-    with pytest.raises(OSError, match="no space left"), Trace(full).record(stack(body), [ROW]):
+    with pytest.raises(OSError, match="no space left"), Trace(full, threads=threads).record(stack(body), [ROW]):
         body(torch.randn(1, 2, WIDTH))
 
 

@@ -69,7 +69,7 @@ def full_size(hidden: int, ffn: int, layers: int, heads: int) -> JanusConfig:
 
 
 def twin(vocabulary: int, image_token: int) -> JanusConfig:
-    """The configuration of `twin/janus-pro`, 2.94 million parameters: 32 x 32 pictures, drawn as 8 x 8 codes and read as 4 x 4 features."""
+    """The configuration of `twin/janus-pro`: 2.94 million parameters; 32 x 32 pictures drawn as 8 x 8 codes and read as 16 features."""
     hidden = 160
     text = LlamaConfig(
         vocab_size=vocabulary,
