@@ -47,21 +47,26 @@ def test_scipy_keeps_to_the_threads_of_torch() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        with eigen._threads():
+        with eigen.held(torch.get_num_threads()):
             counts = [library["num_threads"] for library in eigen._libraries().info() if library["user_api"] == "blas"]
         assert counts and set(counts) == {1}
     finally:
         torch.set_num_threads(before)
 
 
-def test_threads_that_overlap_leave_the_library_as_it_was(rng: np.random.Generator) -> None:
-    def blas() -> list[int]:
-        return [library["num_threads"] for library in ThreadpoolController().info() if library["user_api"] == "blas"]
+def test_threads_within_a_hold_use_one_each_and_leave_the_library_as_it_was(rng: np.random.Generator) -> None:
+    def blas() -> set[int]:
+        return {library["num_threads"] for library in ThreadpoolController().info() if library["user_api"] == "blas"}
 
     x = torch.from_numpy(rng.normal(size=(120, 130)))
-    matrix, before = x @ x.mT, blas()
+    matrix = x @ x.mT
     expected = eigen.eigvalsh(matrix)
-    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        values = list(pool.map(eigen.eigvalsh, [matrix] * 200))
-    assert all(torch.allclose(found, expected, atol=1e-12 * float(expected[-1]), rtol=0) for found in values)
-    assert blas() == before and eigen._callers == 0
+
+    def measured(_: int) -> tuple[bool, set[int]]:
+        found = eigen.eigvalsh(matrix)
+        return torch.allclose(found, expected, atol=1e-12 * float(expected[-1]), rtol=0), blas()
+
+    with eigen.held(2):
+        with eigen.held(1), ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            assert list(pool.map(measured, range(100))) == [(True, {1})] * 100
+        assert blas() == {2}

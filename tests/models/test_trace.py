@@ -244,7 +244,8 @@ def test_rows_of_a_layer_are_observed_at_once_and_the_pass_waits_for_them() -> N
 
     def observe(states: LayerStates) -> None:
         together.wait()  # breaks unless all three are here at once
-        seen.append((states.layer, states.item, current_thread().name, states.states.is_inference(), torch.get_num_threads()))
+        inference = torch.is_inference_mode_enabled()
+        seen.append((states.layer, states.item, current_thread().name, inference, torch.get_num_threads()))
 
     rows = [Row(k, (Span(0, 2, "prompt", "text"),)) for k in range(3)]
     before = torch.get_num_threads()

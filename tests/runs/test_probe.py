@@ -90,7 +90,7 @@ def test_rows_equal_the_measure_of_the_states(run, untrained) -> None:
                 & (pl.col("quantity") == quantity)
             ).iter_rows(named=True)
             assert row["value"] == pytest.approx(estimate.value, abs=1e-4) and row["ceiling"] == pytest.approx(estimate.ceiling)
-        assert len(image) == 64 and row["n_prompt"] == len(everything) and row["n_response"] == len(response)
+        assert len(image) == 16 and row["n_prompt"] == len(everything) and row["n_response"] == len(response)
 
 
 def test_items_keep_prompt_and_response(run) -> None:

@@ -2,17 +2,13 @@
 
 torch brings its own LAPACK, which computes every eigenvector even where sixty-four are wanted, and on AMD processors took 1.4 to 1.8
 times as long for the eigenvalues alone (n = 576 to 1500). scipy's threads are held to `torch.get_num_threads()`, so that one setting
-governs both and many-core machines do not spin on small matrices. Several threads may call at once; the first one's setting holds
-until the last is done.
+governs both and many-core machines do not spin on small matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
-from threading import Lock
-from typing import Any
 
 import scipy.linalg
 import torch
@@ -27,7 +23,7 @@ def eigvalsh(matrix: Tensor) -> Tensor:
     """The eigenvalues `(n,)`, ascending, of a symmetric matrix `(n, n)`."""
     if not _on_cpu(matrix):
         return torch.linalg.eigvalsh(matrix)
-    with _threads():
+    with held(torch.get_num_threads()):
         return torch.from_numpy(scipy.linalg.eigvalsh(matrix.numpy(), check_finite=False, driver="evd"))
 
 
@@ -37,7 +33,7 @@ def leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not _on_cpu(matrix) or _FEW * k > n:
         values, vectors = torch.linalg.eigh(matrix)
         return values[-k:], vectors[:, -k:]
-    with _threads():
+    with held(torch.get_num_threads()):
         values, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=[n - k, n - 1], check_finite=False)
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
@@ -46,26 +42,10 @@ def _on_cpu(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu"
 
 
-_lock = Lock()
-_callers = 0
-_limit: Any = None
-
-
-@contextmanager
-def _threads() -> Iterator[None]:
-    """The number of scipy's threads is one for the whole process, so it is put back by the last to leave."""
-    global _callers, _limit
-    with _lock:
-        if _callers == 0:
-            _limit = _libraries().limit(limits=torch.get_num_threads(), user_api="blas")
-        _callers += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _callers -= 1
-            if _callers == 0:
-                _limit.restore_original_limits()
+def held(threads: int) -> AbstractContextManager[object]:
+    """While inside, scipy uses this many threads. Who measures on several threads of their own says so around them all: the number is one
+    for the whole process, and belongs to the thread that sets it."""
+    return _libraries().limit(limits=threads, user_api="blas")
 
 
 @cache

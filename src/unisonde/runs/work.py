@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from unisonde.data.item import Item, Task
-from unisonde.measure import Protocol
+from unisonde.measure import Protocol, eigen
 from unisonde.models.base import Generation, Model
 from unisonde.models.trace import Reading, Trace
 from unisonde.runs.readout import Readout
@@ -91,8 +92,10 @@ def _measure(model: Model, chunk: Chunk, items: Sequence[Item], settings: Settin
     readout = Readout(items, settings.protocol, settings.reading, constant, settings.keep_states)
     began = time.monotonic()
     # On a CPU matrices this small are measured faster one a thread than by all threads together.
-    trace = Trace(readout, settings.reading, torch.get_num_threads() if model.device.type == "cpu" else 1)
-    responses = model.respond(items, chunk.task, chunk.generation, settings.seed, trace, settings.truncate)
+    threads = torch.get_num_threads() if model.device.type == "cpu" else 1
+    trace = Trace(readout, settings.reading, threads)
+    with eigen.held(1) if threads > 1 else nullcontext():
+        responses = model.respond(items, chunk.task, chunk.generation, settings.seed, trace, settings.truncate)
     seconds = (time.monotonic() - began) / len(items)
     part = Part(states=readout.states)
     for item, response, rows, lengths in zip(items, responses, readout.rows, readout.lengths, strict=True):
