@@ -2,8 +2,8 @@
 
 The parts are the `transformers` Janus classes at every size, so the twin and the published 1B and 7B are one code; `load` opens the
 original format (`deepseek-ai`, `parts.janus_keys`) and the converted one (`deepseek-community`). What is ours: the published templates,
-the spans, the sampling loop of images, the teacher-forced pass, and the places where `transformers` departs from the official code:
-the size of a resized picture, the codes of a picture, and how many there are. `generate(generation_mode="image")` of `transformers`
+the spans, the sampling loop of images, the teacher-forced pass, and the two places where `transformers` departs from the official code:
+the size of a resized picture and the codes of a picture. `generate(generation_mode="image")` of `transformers`
 cannot give hidden states, has guidance always on and fails without a mask, so it is not used.
 
 Prompt states: the positions of the prompt's text, or of the image's features (576 at full size), and of the question after it. Response
@@ -101,7 +101,8 @@ def twin(vocabulary: int, image_token: int) -> JanusConfig:
         projection_dim=hidden,
         image_token_embed_dim=hidden,
     )
-    return JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=image_token, tie_word_embeddings=False)
+    parts = {"text_config": text, "vision_config": vision, "vq_config": vq}
+    return JanusConfig(**parts, image_token_id=image_token, tie_word_embeddings=False, code_grid=8)
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,14 @@ class ImageProcessor(JanusImageProcessorPil):
 
 
 def set_code_grid(network: JanusForConditionalGeneration) -> None:
-    """As many image codes as the image tokenizer makes; `transformers` takes as many as the vision encoder has patches.
+    """As many image codes as the configuration's `code_grid` says, where it says so; else as many as the vision encoder has patches.
 
-    The published models have 24 x 24 of both.
+    The published models have 24 x 24 of both, and `transformers` knows no other way.
     """
-    vq = network.config.vq_config
-    side = network.config.vision_config.image_size // 2 ** (len(vq.channel_multiplier) - 1)
-    vq.num_patches = side
-    network.model.vqmodel.quantize.quant_state_dims = [side, side]
+    side = getattr(network.config, "code_grid", None)
+    if side is not None:
+        network.config.vq_config.num_patches = side
+        network.model.vqmodel.quantize.quant_state_dims = [side, side]
 
 
 class JanusPro(Model):
