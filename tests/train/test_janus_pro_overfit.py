@@ -20,7 +20,7 @@ from unisonde.train.loop import Schedule, fit
 from unisonde.train.tabletop_batches import Example
 
 CODES = Schedule(steps=440, rate=2e-3, warmup=20, weight_decay=0.0)
-JOINT = Schedule(steps=260, rate=2e-3, matrix_rate=0.02, warmup=15, weight_decay=0.0)
+JOINT = Schedule(steps=380, rate=2e-3, matrix_rate=0.02, warmup=15, weight_decay=0.0)
 
 
 @pytest.mark.slow

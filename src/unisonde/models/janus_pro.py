@@ -101,8 +101,8 @@ def twin(vocabulary: int, image_token: int) -> JanusConfig:
         projection_dim=hidden,
         image_token_embed_dim=hidden,
     )
-    parts = {"text_config": text, "vision_config": vision, "vq_config": vq}
-    return JanusConfig(**parts, image_token_id=image_token, tie_word_embeddings=False, code_grid=8)
+    more: dict[str, Any] = {"code_grid": 8, "tie_word_embeddings": False}
+    return JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=image_token, **more)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ def set_code_grid(network: JanusForConditionalGeneration) -> None:
     """
     side = getattr(network.config, "code_grid", None)
     if side is not None:
-        network.config.vq_config.num_patches = side
+        vq: Any = network.config.vq_config
+        vq.num_patches = side
         network.model.vqmodel.quantize.quant_state_dims = [side, side]
 
 
