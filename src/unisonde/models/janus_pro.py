@@ -3,8 +3,8 @@
 The parts are the `transformers` Janus classes at every size, so the twin and the published 1B and 7B are one code; `load` opens the
 original format (`deepseek-ai`, `parts.janus_keys`) and the converted one (`deepseek-community`). What is ours: the published templates,
 the spans, the sampling loop of images, the teacher-forced pass, and the two places where `transformers` departs from the official code:
-the size of a resized picture and the codes of a picture. `generate(generation_mode="image")` of `transformers`
-cannot give hidden states, has guidance always on and fails without a mask, so it is not used.
+the size of a resized picture and the codes of a picture. `generate(generation_mode="image")` of `transformers` cannot give hidden
+states, has guidance always on and fails without a mask, so it is not used.
 
 Prompt states: the positions of the prompt's text, or of the image's features (576 at full size), and of the question after it. Response
 states: the positions at which a response token, or an image code, is the input (DESIGN.md, decision 3). Stack `llm`; one pass, step

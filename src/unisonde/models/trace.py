@@ -158,7 +158,8 @@ class Trace:
 
     Args:
         threads: how many rows of a layer are observed at once, each on a thread of its own that torch does not divide further. The pass
-            goes on when the layer's last row is done.
+            goes on when the layer's last row is done. No two rows of a pass are of one item, so an observer that keeps items apart needs
+            no lock.
     """
 
     def __init__(self, observe: Observer, reading: Reading | None = None, threads: int = 1) -> None:
@@ -206,12 +207,12 @@ class Trace:
             sequences = unpack(output.detach())
             if len(sequences) != len(rows):
                 raise RuntimeError(f"layer {layer} of {stack.name!r} gave {len(sequences)} rows, {len(rows)} were announced")
-            layers = (
+            read = (
                 LayerStates(stack.name, step, layer, row.item, row.spans, states[: row.length])
                 for row, states in zip(rows, sequences, strict=True)
                 if row is not None
             )
-            for _ in map(self.observe, layers) if self.threads == 1 else pool.map(observe, layers):
+            for _ in map(self.observe, read) if self.threads == 1 else pool.map(observe, read):
                 pass
 
         with ThreadPoolExecutor(self.threads, "row", torch.set_num_threads, (1,)) as pool, hooked(stack, deliver):
