@@ -19,7 +19,7 @@ from unisonde.data.item import TASKS, Item
 
 
 def test_every_entry_is_complete() -> None:
-    assert list(DATA) == ["tabletop", "t2i-corebench", "prompts"]
+    assert list(DATA) == ["tabletop", "t2i-corebench", "prompts", "fsdd", "emodb", "spoken"]
     for name, data in DATA.items():
         assert data.name == name and ":" not in name
         assert data.summary and "\n" not in data.summary and data.licence
@@ -43,6 +43,9 @@ def test_listing_imports_no_reader() -> None:
         "unisonde.data.tabletop",
         "unisonde.data.corebench",
         "unisonde.data.prompts",
+        "unisonde.data.speech",
+        "unisonde.data.spoken",
+        "soundfile",
     }
     assert not heavy & set(loaded)
 
@@ -153,6 +156,20 @@ def test_nothing_that_suits(tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"all 1 items of .* have an image prompt; task 'image' needs text prompts"):
         open_data(tmp_path).items("image")
+    (tmp_path / "b.wav").touch()
+    with pytest.raises(ValueError, match=r"all 2 items of .* have an image prompt or an audio prompt; task 'image' needs"):
+        open_data(tmp_path).items("image")
+
+
+def test_the_folder_of_a_data_set_by_name(tmp_path: Path) -> None:
+    entry = {"Main Class": "a", "Sub Class": "b", "Prompt": "p", "Checklist": [], "Remark": ""}
+    (tmp_path / "R-RR.json").write_text(json.dumps({"R-RR-001": entry}))
+    data = open_data(f"t2i-corebench:{tmp_path}")
+    assert [item.id for item in data.items("image")] == ["R-RR-001"] and open_data(data.name) == data
+    with pytest.raises(ValueError, match=r"'gone' is not a folder; give t2i-corebench:FOLDER with its files"):
+        open_data("t2i-corebench:gone")
+    with pytest.raises(ValueError, match="'' is not a folder"):
+        open_data("t2i-corebench:")
 
 
 @pytest.mark.parametrize("given", ["prompts", "./prompts", "with:colon", "tabletop:test", "tabletop:mine"])

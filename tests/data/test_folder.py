@@ -56,6 +56,21 @@ def test_formats_are_listed_and_read(tmp_path: Path, suffix: str) -> None:
     assert read is not None and read.size == (2, 2)
 
 
+def test_recordings(tmp_path: Path) -> None:
+    """As pictures: with a request of their own, with none, with the usual one; one of each kind may share it."""
+    first, second = put(tmp_path / "a" / "one.wav", b""), put(tmp_path / "a" / "two.FLAC", b"broken")
+    put(tmp_path / "a" / "one.txt", "Who speaks?\n")
+    both, seen = put(tmp_path / "b.mp3", b""), picture(tmp_path / "b.png")
+    put(tmp_path / "b.txt", "")
+    assert folder.read(tmp_path) == [
+        Item("a/one.wav", "a", "Who speaks?", audio=first),
+        Item("a/two.FLAC", "a", folder.REQUEST, audio=second),
+        Item("b.mp3", folder.CATEGORY, "", audio=both),
+        Item("b.png", folder.CATEGORY, "", seen),
+    ]
+    assert [item.modality for item in folder.read(tmp_path)] == ["audio"] * 3 + ["image"]
+
+
 def test_pictures_are_not_opened_when_listing(tmp_path: Path) -> None:
     """A broken picture fails as one item, when it is asked for; the others can still be read."""
     put(tmp_path / "a.png", b"")
@@ -130,7 +145,7 @@ def test_name_that_is_not_utf8(tmp_path: Path) -> None:
 
 def test_folder_with_nothing(tmp_path: Path) -> None:
     put(tmp_path / "notes.md", "x")
-    with pytest.raises(ValueError, match="holds neither pictures nor prompts; put pictures"):
+    with pytest.raises(ValueError, match="holds neither pictures nor recordings nor prompts; put pictures"):
         folder.read(tmp_path)
     put(tmp_path / "sub" / "mine.jsonl", "{}")
     with pytest.raises(ValueError, match=r"give .*sub/mine\.jsonl itself"):
@@ -154,12 +169,16 @@ def test_jsonl(tmp_path: Path) -> None:
         {"id": "x", "category": "c", "prompt": "q", "image": "pictures/a.png", "answer": [1, 2], "labels": None},
         {"id": 7, "image": "/abs/b.png", "category": None},
         {"prompt": "", "image": "c.png"},
+        {"audio": "sounds/a.wav", "speaker": "me"},
+        {"audio": "/abs/b.flac", "prompt": ""},
     )
     assert folder.read(path) == [
         Item("000001", folder.CATEGORY, " a red square "),
         Item("x", "c", "q", tmp_path / "pictures" / "a.png", {"answer": [1, 2], "labels": None}),
         Item("7", folder.CATEGORY, folder.QUESTION, Path("/abs/b.png")),
         Item("000004", folder.CATEGORY, "", tmp_path / "c.png"),
+        Item("000005", folder.CATEGORY, folder.REQUEST, labels={"speaker": "me"}, audio=tmp_path / "sounds" / "a.wav"),
+        Item("000006", folder.CATEGORY, "", audio=Path("/abs/b.flac")),
     ]
 
 
@@ -188,12 +207,15 @@ def test_missing_or_broken_image_is_not_refused(tmp_path: Path) -> None:
         ('["a"]', "not a JSON object"),
         ('"a"', "not a JSON object"),
         ("null", "not a JSON object"),
-        ("{}", "no `prompt` and no `image`"),
-        ('{"prompt": ""}', "no `prompt` and no `image`"),
-        ('{"prompt": " \\t", "image": null}', "no `prompt` and no `image`"),
-        ('{"prompt": "", "image": ""}', "no `prompt` and no `image`"),
-        ('{"text": "a"}', "no `prompt` and no `image`"),
+        ("{}", "no `prompt`, no `image` and no `audio`"),
+        ('{"prompt": ""}', "no `prompt`, no `image` and no `audio`"),
+        ('{"prompt": " \\t", "image": null}', "no `prompt`, no `image` and no `audio`"),
+        ('{"prompt": "", "image": ""}', "no `prompt`, no `image` and no `audio`"),
+        ('{"text": "a"}', "no `prompt`, no `image` and no `audio`"),
+        ('{"prompt": "", "audio": ""}', "no `prompt`, no `image` and no `audio`"),
+        ('{"image": "a.png", "audio": "a.wav"}', "both `image` and `audio`; give one of them"),
         ('{"prompt": 3}', "`prompt` must be text, got 3"),
+        ('{"audio": 3}', "`audio` must be text, got 3"),
         ('{"image": ["a.png"]}', "`image` must be text"),
         ('{"prompt": "a", "category": 1}', "`category` must be text, got 1"),
         ('{"prompt": "a", "category": ""}', "`category` is empty"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from unisonde.data.item import TASKS, Item, Task
 
@@ -24,11 +25,13 @@ class DataSet:
         summary: what it holds, in a line.
         tasks: what its items can ask of a model.
         licence: whose it is and on what terms, in a line.
-        loader: `module:function`. A data set with splits is drawn by `function(task, split=..., seed=...)`; any other is read by
-            `function()`, or by `function(path)` if it has a path.
+        loader: `module:function`, called with what applies: `task` and `seed` if the data set is drawn, `split` if it has splits, before
+            them the path if it has one.
         splits: the names of its parts, the default one first; empty if it has none.
         split: the part that the name asked for (`tabletop:compositional`), if it did.
-        path: where the user's own data is.
+        path: where the user's own data is, or the files of a data set that is not part of the package.
+        drawn: whether its items are drawn, task by task and from a seed, and not read.
+        placed: whether the folder of its files may stand in the name (`fsdd:recordings/fsdd`).
     """
 
     name: str
@@ -39,6 +42,8 @@ class DataSet:
     splits: tuple[str, ...] = ()
     split: str | None = None
     path: Path | None = None
+    drawn: bool = False
+    placed: bool = False
 
     def items(self, task: Task, split: str | None = None, seed: int = 0) -> list[Item]:
         """The items that suit a task: all for `text`; for `image`, those whose prompt is text alone.
@@ -56,14 +61,14 @@ class DataSet:
             raise ValueError(f"{self.name} has no items for task {task!r}, only for {', '.join(self.tasks)}")
         if split is not None:
             _check_split(self, split)
-        load = self._load()
+        options: dict[str, Any] = {"task": task, "seed": seed} if self.drawn else {}
         if self.splits:
-            found = load(task, split=split or self.split or self.splits[0], seed=seed)
-        else:
-            found = load() if self.path is None else load(self.path)
+            options["split"] = split or self.split or self.splits[0]
+        found = self._load()(*([] if self.path is None else [self.path]), **options)
         suitable = [item for item in found if task == "text" or item.modality == "text"]
         if not suitable:
-            raise ValueError(f"all {len(found)} items of {self.name} have an image prompt; task 'image' needs text prompts")
+            kinds = " or ".join(sorted({f"an {item.modality} prompt" for item in found}, reverse=True))
+            raise ValueError(f"all {len(found)} items of {self.name} have {kinds}; task 'image' needs text prompts")
         return suitable
 
     def _load(self) -> Callable[..., list[Item]]:
@@ -81,6 +86,7 @@ DATA: dict[str, DataSet] = {
             licence="drawn by unisonde, under its licence",
             loader="unisonde.data.tabletop:items",
             splits=("test", "train", "compositional"),
+            drawn=True,
         ),
         DataSet(
             name="t2i-corebench",
@@ -88,6 +94,7 @@ DATA: dict[str, DataSet] = {
             tasks=("text", "image"),
             licence="Apache-2.0, KwaiVGI/T2I-CoReBench (arXiv 2509.03516); not part of the package",
             loader="unisonde.data.corebench:read",
+            placed=True,
         ),
         DataSet(
             name="prompts",
@@ -96,27 +103,58 @@ DATA: dict[str, DataSet] = {
             licence="written for unisonde, under its licence",
             loader="unisonde.data.prompts:read",
         ),
+        DataSet(
+            name="fsdd",
+            summary="spoken English digits of six speakers",
+            tasks=("text",),
+            licence="CC BY-SA 4.0, Free Spoken Digit Dataset; not part of the package",
+            loader="unisonde.data.speech:fsdd",
+            splits=("all", "test", "train"),
+            placed=True,
+        ),
+        DataSet(
+            name="emodb",
+            summary="ten German sentences, acted by ten speakers in several emotions",
+            tasks=("text",),
+            licence="free for research, Emo-DB (Burkhardt et al., Interspeech 2005); not part of the package",
+            loader="unisonde.data.speech:emodb",
+            placed=True,
+        ),
+        DataSet(
+            name="spoken",
+            summary="short English sentences spoken by espeak-ng in many voices",
+            tasks=("text",),
+            licence="written for unisonde and synthesised by espeak-ng, under its licence",
+            loader="unisonde.data.spoken:items",
+            splits=("test", "train"),
+            drawn=True,
+        ),
     )
 }
 """Every data set that has a name."""
 
 
 def open_data(name_or_path: str | Path) -> DataSet:
-    """The data set of a name in `DATA` (with a split, if wanted: `tabletop:compositional`), or of a path.
+    """The data set of a name in `DATA`, or of a path.
 
-    A path is a `.jsonl` file or a folder (`unisonde.data.folder`), or a folder with the files of T2I-CoReBench. A name goes before
-    a path: write `./prompts` for a folder called `prompts`. `open_data(data.name)` opens the same data again.
+    Behind a colon the name may say a split (`tabletop:compositional`) or, if the data set is read from files that are not part of the
+    package, their folder (`fsdd:recordings/fsdd`; a split goes before a folder of that name). A path is a `.jsonl` file or a folder
+    (`unisonde.data.folder`), or a folder with the files of T2I-CoReBench. A name goes before a path: write `./prompts` for a folder
+    called `prompts`. `open_data(data.name)` opens the same data again.
 
     Raises:
         ValueError: neither a name nor a path, or a split that the data set has not got.
     """
     if isinstance(name_or_path, str):
-        name, colon, split = name_or_path.partition(":")
+        name, colon, which = name_or_path.partition(":")
         if name in DATA:
+            data = DATA[name]
             if not colon:
-                return DATA[name]
-            _check_split(DATA[name], split)
-            return replace(DATA[name], name=name_or_path, split=split)
+                return data
+            if data.placed and which not in data.splits:
+                return replace(data, name=name_or_path, path=_folder(data, which))
+            _check_split(data, which)
+            return replace(data, name=name_or_path, split=which)
     path = Path(name_or_path).expanduser()
     if not str(name_or_path).strip() or not path.exists():
         raise ValueError(_unknown(str(name_or_path)))
@@ -135,12 +173,20 @@ def _open_path(path: Path, given: str) -> DataSet:
         return replace(DATA["t2i-corebench"], name=name, path=path)
     return DataSet(
         name=name,
-        summary="your own prompts and pictures",
+        summary="your own prompts, pictures and recordings",
         tasks=TASKS,
         licence="your own",
         loader="unisonde.data.folder:read",
         path=path,
     )
+
+
+def _folder(data: DataSet, given: str) -> Path:
+    folder = Path(given).expanduser()
+    if not given.strip() or not folder.is_dir():
+        splits = f" a split of {data.name} ({', '.join(data.splits)}) nor" if data.splits else ""
+        raise ValueError(f"{given!r} is {'neither' if splits else 'not'}{splits} a folder; give {data.name}:FOLDER with its files")
+    return folder
 
 
 def _check_split(data: DataSet, split: str) -> None:

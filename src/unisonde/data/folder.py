@@ -1,7 +1,8 @@
-"""The user's own prompts and pictures: a folder of files, or one JSONL file.
+"""The user's own prompts, pictures and recordings: a folder of files, or one JSONL file.
 
-A folder gives an item for each picture and for each text file that belongs to no picture. A JSONL file gives an item a line and
-can say more: ids, categories, labels. Pictures are not opened here, so that a broken one costs one item and not the run.
+A folder gives an item for each picture or recording and for each text file that belongs to none. A JSONL file gives an item a line
+and can say more: ids, categories, labels. Pictures and recordings are not opened here, so that a broken one costs one item and not
+the run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unisonde.data.item import Item
+from unisonde.data.sound import RECORDINGS, REQUEST
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 QUESTION = "Describe this image."
@@ -39,10 +41,11 @@ def read(path: Path | str) -> list[Item]:
 
 
 def read_folder(folder: Path) -> list[Item]:
-    """The pictures and prompts of a folder and its subfolders, sorted by their path in the folder, which is their id.
+    """The pictures, recordings and prompts of a folder and its subfolders, sorted by their path in the folder, which is their id.
 
-    A picture NAME.png is asked the question in NAME.txt, or `QUESTION`; an empty NAME.txt means no question. A text file without
-    a picture is one prompt. The category is the subfolder's path. Hidden files and folders, and other files, are passed over.
+    A picture NAME.png is asked the question in NAME.txt, or `QUESTION`; a recording NAME.wav likewise, or `REQUEST`; an empty NAME.txt
+    means no question. A text file without either is one prompt. The category is the subfolder's path. Hidden files and folders, and
+    other files, are passed over.
 
     Raises:
         ValueError: a prompt is empty or not UTF-8, or the folder holds no items.
@@ -53,7 +56,7 @@ def read_folder(folder: Path) -> list[Item]:
         if not _encodable(str(path)):
             raise ValueError(f"the name of the file {str(path)!r} in {folder} is not UTF-8; rename it")
     texts = {path.with_suffix(""): folder / path for path in files if path.suffix.lower() == ".txt"}
-    pictured = {path.with_suffix("") for path in files if path.suffix.lower() in PICTURES}
+    asked = {path.with_suffix("") for path in files if path.suffix.lower() in (*PICTURES, *RECORDINGS)}
     items = []
     for path in files:
         stem, suffix = path.with_suffix(""), path.suffix.lower()
@@ -61,24 +64,28 @@ def read_folder(folder: Path) -> list[Item]:
         if suffix in PICTURES:
             question = _read_text(texts[stem]) if stem in texts else QUESTION
             items.append(Item(path.as_posix(), category, question, folder / path))
-        elif suffix == ".txt" and stem not in pictured:
+        elif suffix in RECORDINGS:
+            request = _read_text(texts[stem]) if stem in texts else REQUEST
+            items.append(Item(path.as_posix(), category, request, audio=folder / path))
+        elif suffix == ".txt" and stem not in asked:
             prompt = _read_text(folder / path)
             if not prompt:
                 raise ValueError(f"{folder / path} is empty; write a prompt into it, or remove it")
             items.append(Item(path.as_posix(), category, prompt))
     if not items:
         listed = next((path for path in files if path.suffix.lower() == ".jsonl"), None)
-        advice = f"give {folder / listed} itself" if listed else f"put pictures ({' '.join(PICTURES)}) or prompts (.txt) into it"
-        raise ValueError(f"the folder {folder} holds neither pictures nor prompts; {advice}")
+        kinds = f"pictures ({' '.join(PICTURES)}), recordings ({' '.join(RECORDINGS)}) or prompts (.txt)"
+        advice = f"give {folder / listed} itself" if listed else f"put {kinds} into it"
+        raise ValueError(f"the folder {folder} holds neither pictures nor recordings nor prompts; {advice}")
     return items
 
 
 def read_jsonl(path: Path) -> list[Item]:
     """The items of a JSONL file, in its order: one object a line, blank lines passed over.
 
-    Keys: `prompt` (text) and `image` (a path, relative to the file), at least one of them; `id` (text or a whole number; by default
-    the number of the line, as six digits); `category` (text). Any other key is a label. An image without a `prompt` is asked
-    `QUESTION`; with an empty one, nothing.
+    Keys: `prompt` (text), `image` or `audio` (a path, relative to the file), at least one of them and not both of the last; `id` (text
+    or a whole number; by default the number of the line, as six digits); `category` (text). Any other key is a label. An image
+    without a `prompt` is asked `QUESTION`, a recording `REQUEST`; with an empty one, nothing.
 
     Raises:
         ValueError: a line is malformed, an id occurs twice, or there are no items; with the number of the line.
@@ -108,26 +115,29 @@ def _read_line(path: Path, number: int, line: bytes) -> Item:
         raise wrong(f'not JSON ({error}); write one object a line, such as {{"prompt": "a red square"}}') from error
     if not isinstance(entry, dict):
         raise wrong('not a JSON object; write one object a line, such as {"prompt": "a red square"}')
-    prompt, image = _text(entry, "prompt", wrong), _text(entry, "image", wrong)
+    prompt, image, audio = (_text(entry, key, wrong) for key in ("prompt", "image", "audio"))
     category = _text(entry, "category", wrong)
     id = entry.pop("id", None)
     if isinstance(id, int) and not isinstance(id, bool):
         id = str(id)
-    if not image and not (prompt and prompt.strip()):
-        raise wrong("no `prompt` and no `image`; give at least one of them")
+    if not image and not audio and not (prompt and prompt.strip()):
+        raise wrong("no `prompt`, no `image` and no `audio`; give at least one of them")
+    if image and audio:
+        raise wrong("both `image` and `audio`; give one of them, and the other in a line of its own")
     if id is not None and (not isinstance(id, str) or not id.strip()):
         raise wrong(f"`id` must be text or a whole number, got {id!r}; leave it out to use the number of the line")
     if category is not None and not category.strip():
         raise wrong("`category` is empty; leave it out if there is none")
-    for key, text in {"prompt": prompt, "image": image, "category": category, "id": id}.items():
+    for key, text in {"prompt": prompt, "image": image, "audio": audio, "category": category, "id": id}.items():
         if text and not _encodable(text):
             raise wrong(f"`{key}` holds half of a surrogate pair, which is no character; write the character itself")
     return Item(
         id=id or f"{number:06d}",
         category=category or CATEGORY,
-        prompt=QUESTION if prompt is None else prompt,
+        prompt=(REQUEST if audio else QUESTION) if prompt is None else prompt,
         image=path.parent / image if image else None,
         labels=entry,
+        audio=path.parent / audio if audio else None,
     )
 
 

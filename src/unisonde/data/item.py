@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from unisonde.data.sound import Sound, read_sound
+
 Task = Literal["text", "image"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
@@ -26,10 +28,14 @@ class Item:
     Attributes:
         id: unique in its data set; measurements carry it.
         category: the group that tables and `--limit` balance over.
-        prompt: the text. May be empty only if there is an image.
+        prompt: the text. May be empty only if there is an image or a recording.
         image: the image prompt, if any: a picture, or the path of one (read when it is needed, so that a broken file costs one
             item and not the run).
         labels: what is known about the answer (`scene`, `answer`, ...); never shown to the model.
+        audio: the audio prompt, if any: a recording, or the path of one, read when it is needed.
+
+    Raises:
+        ValueError: it has both an image and a recording.
     """
 
     id: str
@@ -37,11 +43,16 @@ class Item:
     prompt: str
     image: Image.Image | Path | None = None
     labels: Mapping[str, Any] = field(default_factory=dict)
+    audio: Sound | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.image is not None and self.audio is not None:
+            raise ValueError(f"item {self.id!r} has both an image and a recording; give it one of them")
 
     @property
-    def modality(self) -> Literal["text", "image"]:
-        """The modality of the prompt: `image` if there is an image, whatever question comes with it."""
-        return "text" if self.image is None else "image"
+    def modality(self) -> Literal["text", "image", "audio"]:
+        """The modality of the prompt: `image` or `audio` if there is one, whatever question comes with it."""
+        return "image" if self.image is not None else "audio" if self.audio is not None else "text"
 
     def picture(self) -> Image.Image | None:
         """The image prompt as RGB (transparent pixels on white), or None.
@@ -50,6 +61,14 @@ class Item:
             ValueError: the file cannot be read as an image.
         """
         return None if self.image is None else read_picture(self.image)
+
+    def sound(self) -> Sound | None:
+        """The audio prompt as mono samples at 16 kHz, or None.
+
+        Raises:
+            ValueError: the file cannot be read as a recording, or holds no speech (`unisonde.data.sound.read_sound`).
+        """
+        return None if self.audio is None else read_sound(self.audio)
 
     def digest(self) -> str:
         """sha256 over everything that a model is shown, so that two runs can tell whether they saw the same input."""
@@ -64,6 +83,11 @@ class Item:
             upright = self.image.getexif().get(ExifTags.Base.Orientation)
             shown = (self.image.mode, self.image.size, palette, self.image.info.get("transparency"), upright)
             h.update(repr(shown).encode() + self.image.tobytes())
+        if isinstance(self.audio, Path):
+            h.update(b"audio\0" + (self.audio.read_bytes() if self.audio.is_file() else b"missing"))
+        elif self.audio is not None:
+            samples = np.ascontiguousarray(self.audio.samples)
+            h.update(repr(("audio", self.audio.rate, samples.dtype.str, samples.shape)).encode() + samples.tobytes())
         return h.hexdigest()
 
 
