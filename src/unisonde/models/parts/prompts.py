@@ -24,7 +24,9 @@ def check_marks(tokenizer: Any, marks: Sequence[str], name: str, family: str) ->
 
 
 def check_prompt(item: Item, task: Task, name: str) -> None:
-    """Raises ValueError if an item has neither text nor picture, or a picture to draw from."""
+    """Raises ValueError if an item has neither text nor picture, or a picture to draw from, or a recording."""
+    if item.audio is not None:
+        raise ValueError(f"item {item.id!r} has an audio prompt; {name} takes text and pictures alone")
     if task == "image" and item.image is not None:
         raise ValueError(f"item {item.id!r} has an image prompt; {name} draws from text prompts alone")
     if not item.prompt.strip() and item.image is None:
