@@ -35,7 +35,7 @@ def states(tmp_path):
 def test_help_names_every_command_and_teaches(line) -> None:
     code, out, _ = line("--help")
     assert code == 0
-    for command in ("probe", "report", "models", "data", "entropy", "calibrate", "train", "score"):
+    for command in ("probe", "report", "models", "data", "entropy", "calibrate", "train", "score", "decode"):
         assert command in out
         code, said, _ = line(command, "--help")
         assert code == 0 and len(said) > 200
@@ -162,6 +162,32 @@ def test_stopping_by_hand_is_said(line, monkeypatch) -> None:
     monkeypatch.setattr(unisonde.measure, "named", stop)
     code, _, err = line("entropy", "x.npy")
     assert code == 130 and "goes on" in err
+
+
+def test_decode_hands_on_what_was_asked(line, tmp_path, monkeypatch) -> None:
+    from unisonde.study.decoding import experiments
+    from unisonde.study.decoding.finding import Finding
+
+    seen: dict = {}
+
+    def decode(name, model, given):
+        seen.update(given, experiment=name, model=model.name)
+        return [Finding(None, "so it is.", None)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(experiments, "decode", decode)
+    asked = ("decode", "gmi", "twin/janus-pro", "--data", "tabletop", "--attribute", "shape", "colour", "--limit", "3")
+    code, said, _ = line(*asked, "--out", tmp_path / "d", "--group", "scene")
+    assert code == 0 and said.startswith("so it is.\nThe table is ") and "gmi.parquet" in said
+    assert (seen["experiment"], seen["model"], seen["attributes"], seen["group"]) == (
+        "gmi",
+        "twin/janus-pro",
+        ("shape", "colour"),
+        "scene",
+    )
+    assert len(seen["items"]) == 3 and {item.modality for item in seen["texts"]} == {"text"} and seen["name"] == "tabletop"
+    monkeypatch.undo()
+    code, _, said = line("decode", "probes", "twin/janus-pro", "--data", "tabletop", "--limit", "3", "--out", tmp_path / "d")
+    assert code == 1 and "not an encoder with an adapter" in said and "\n" not in said.strip()
 
 
 def test_a_run_that_is_no_run(line, tmp_path) -> None:

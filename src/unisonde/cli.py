@@ -209,6 +209,45 @@ def verify(
 
 
 @app.command()
+def decode(
+    experiment: Annotated[str, typer.Argument(help="probes, directions, ablate, gmi or bound.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="A model of encoder, adapter and decoder, such as speech-smollm.", show_default=False)
+    ],
+    data: Annotated[
+        str, typer.Option(help="Labelled items: a name (`unisonde data`), a folder, or a .jsonl file.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the experiments of this model and data.", show_default=False)],
+    attribute: Annotated[list[str], typer.Option(help="Labels that are read: --attribute speaker digit.")] = [],  # noqa: B006
+    group: Annotated[str | None, typer.Option(help="The label by which items are kept together in splits and intervals.")] = None,
+    response: Annotated[str | None, typer.Option(help="The label that holds what the model should say (ablate).")] = None,
+    texts: Annotated[str, typer.Option(help="Data whose prompts are the texts (directions, ablate, bound).")] = "prompts",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many items, evenly over categories.")] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Of the held-out splits.")] = 5,
+    draws: Annotated[int, typer.Option(min=0, help="Random spans (ablate).")] = 10,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Mismatched decoding: what the decoder of a model can use of what its encoder gives it.
+
+    Run again with the same --out, it goes on where it was. The table is written to OUT/EXPERIMENT.parquet.
+    """
+    from unisonde.data import Item, evenly, open_data
+    from unisonde.models import load
+    from unisonde.study.decoding.experiments import decode as run_experiment
+
+    source = open_data(data)
+    items = evenly(source.items("text", seed=seed), limit)
+    words = [Item(i.id, i.category, i.prompt) for i in open_data(texts).items("text", seed=seed) if i.modality == "text"]
+    given = {"attributes": tuple(attribute), "group": group, "response": response, "folds": folds, "draws": draws, "seed": seed}
+    found = run_experiment(experiment, load(model), {"items": items, "texts": words, "out": out, "name": source.name} | given)
+    if as_json:
+        print(json.dumps([finding.sentence for finding in found], indent=1, ensure_ascii=False))
+    else:
+        print(*(finding.sentence for finding in found), f"The table is {out / experiment}.parquet.", sep="\n")
+
+
+@app.command()
 def train(
     twin: Annotated[str, typer.Argument(help="The twin to make: janus-pro.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The folder to write; twins/NAME if not given.")] = None,
@@ -310,7 +349,7 @@ def _stopped() -> int:
 
 
 STOPPED = 130
-LISTS = ("--task", "--split", "--stack")
+LISTS = ("--task", "--split", "--stack", "--attribute")
 """Options that take several values after one name: `--task text image`."""
 
 

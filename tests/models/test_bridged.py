@@ -102,6 +102,18 @@ def test_what_is_shown(model: Bridged) -> None:
         assert torch.equal(llm.states[text], words[text])
 
 
+def test_prompts_alone_have_the_states_that_they_have_before_a_response(model: Bridged) -> None:
+    items = items_for(model)
+    states, responses = shown(model, items)
+    seen: dict[tuple[str, int, int], LayerStates] = {}
+    flags = model.show(items, Trace(lambda s: seen.__setitem__((s.stack, s.layer, s.item), s)))
+    assert set(seen) == set(states) and flags == [tuple(f for f in r.flags if f != "full") for r in responses]
+    for place, alone in seen.items():
+        assert all(span.role == "prompt" for span in alone.spans)
+        torch.testing.assert_close(alone.states, states[place].states[: len(alone.states)], **CLOSE)
+    assert len(seen["llm", 0, 0].states) == len(model.prepare(items[0], 0).ids)
+
+
 def test_a_batch_is_its_items_one_by_one(model: Bridged) -> None:
     items = items_for(model)
     for generation in (GREEDY, Generation(tokens=5, temperature=1.2)):

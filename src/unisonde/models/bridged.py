@@ -265,6 +265,24 @@ class Bridged(Model):
             responses.append(written.response(prompt.flags))
         return responses
 
+    @torch.inference_mode()
+    def show(self, items: Sequence[Item], trace: Trace, truncate: bool = False) -> list[tuple[str, ...]]:
+        """Show the states of prompts alone, without a response: the states that `respond` shows at the same positions.
+
+        Returns:
+            The flags of each item.
+
+        Raises:
+            ValueError: an item cannot be taken; the sentence names it.
+        """
+        prompts = [self.prepare(item, 0, truncate) for item in items]
+        for k, prompt in enumerate(prompts):
+            with self._bridge_recorded(trace, k, prompt):
+                embeddings = self.embed(prompt)
+            with trace.record(self.llm, [Row(k, prompt.spans)]):
+                self._read(embeddings, 1)
+        return [prompt.flags for prompt in prompts]
+
     @contextmanager
     def _bridge_recorded(self, trace: Trace | None, item: int, prompt: Prompted) -> Iterator[None]:
         """Show the encoder's and the adapter's states of the one pass inside. Pieces of a long recording are joined end to end."""

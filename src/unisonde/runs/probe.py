@@ -127,7 +127,7 @@ def probe(
         "truncate": truncate,
         "keep_states": keep_states,
     }
-    run = Run.begin(out, identity, _session(loaded[0].device))
+    run = Run.begin(out, identity, session(loaded[0].device))
     with run.lock():
         if retry:
             run.drop_failures()
@@ -199,7 +199,7 @@ def _check_used(overrides: dict[str, Any], names_of: dict[str, set[str]]) -> Non
             raise ValueError(f"none of {', '.join(names_of)} has the sampling setting {name}; leave it out")
 
 
-def _session(device: torch.device) -> dict[str, Any]:
+def session(device: torch.device) -> dict[str, Any]:
     """Who asks, when, with what: nothing here decides whether two runs are the same."""
     versions = {"python": platform.python_version()}
     for package in ("unisonde", "torch", "transformers", "numpy", "polars"):

@@ -6,6 +6,7 @@
         measurements.parquet        the numbers
         items.parquet               the items, their responses, or the error that an item met
         states.safetensors          the states themselves, if they were asked for
+        features.parquet            one vector an item at every layer, in a run that collects those (`unisonde.study.decoding`)
 
 A part is written under a temporary name, flushed to the disk and renamed, so it is there whole or not at all; a run that is killed
 goes on with the chunks that have no part. Nothing else is remembered anywhere.
@@ -79,11 +80,12 @@ ITEMS: dict[str, Any] = {
 
 @dataclass
 class Part:
-    """What one chunk of items gave, in memory: rows of the two tables, and states if they are kept."""
+    """What one chunk of items gave, in memory: rows of the two tables, and states or feature vectors if they are kept."""
 
     measurements: list[dict[str, Any]] = field(default_factory=list)
     items: list[dict[str, Any]] = field(default_factory=list)
     states: dict[str, Tensor] = field(default_factory=dict)
+    features: pl.DataFrame | None = None
 
     @property
     def failed(self) -> int:
@@ -196,6 +198,8 @@ class Run:
                 from safetensors.torch import save_file
 
                 save_file(part.states, partial / "states.safetensors")
+            if part.features is not None:
+                part.features.write_parquet(partial / "features.parquet")
             for file in partial.iterdir():
                 flush(file)
             flush(partial)

@@ -1,0 +1,211 @@
+"""The paper's bound (arXiv 2602.23136, theorem 2), with both of its factors taken in one space, against the measured loss of GMI.
+
+    |GMI_M - GMI_T|  <=  (1 + exp(L D)) L E[W1(P_M(Z | C, Y), P_T(Z | C, Y))]
+
+The space is that of one vector an item: the mean of what the decoder gets from the adapter, or of a text's embeddings. A step in
+it moves all features of the item by one vector, so the sensitivity is the norm of the sum over positions of the gradient of log
+q(right answer). W1 is the exact Euclidean transport distance of samples of equal size, within each label where the texts have the
+label too.
+
+What it is not: the largest or mean norm of a gradient at some points is no Lipschitz constant, which is a supremum over all of
+them, so the number called a bound here is a heuristic and may be exceeded. D is the largest distance in the samples; the
+exponential is capped at the vocabulary's size, the paper's floor of the score. And W1 of few vectors in many dimensions is large
+also between samples of one distribution: `w1_null` says how large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from unisonde.data.item import Item
+from unisonde.measure import Interval
+from unisonde.measure.estimate import p_value
+from unisonde.models.bridged import Bridged
+from unisonde.study.decoding.finding import Finding, interval, said, ticking
+
+CAVEAT = "a gradient norm is no Lipschitz constant, so this is a heuristic and no guarantee"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Norms of the gradient of log q(right answer), nats a unit of the features, one an item.
+
+    Attributes:
+        shift: (n,) for a step that all positions take together: the norm of the sum over positions.
+        whole: (n,) for the whole sequence of features: the Frobenius norm, which the published code takes.
+    """
+
+    shift: np.ndarray
+    whole: np.ndarray
+
+
+def sensitivity(model: Bridged, items: Sequence[Item], answers: Sequence[str], progress: bool = True) -> Sensitivity:
+    """How steeply the score of each item's right answer changes with what the adapter hands on.
+
+    Raises:
+        ValueError: there are more of one than of the other, an item holds neither sound nor picture, or an answer is empty.
+    """
+    if len(items) != len(answers) or not items:
+        raise ValueError(f"there are {len(items)} items and {len(answers)} answers; give one answer to each item")
+    shift, whole = [], []
+    for item, answer in ticking(list(zip(items, answers, strict=True)), "sensitivity", progress):
+        held: list[Tensor] = []
+
+        def leaf(features: Tensor, held: list[Tensor] = held) -> Tensor:
+            held.append(features.detach().clone().requires_grad_())
+            return held[-1]
+
+        with torch.enable_grad(), model.edited(leaf):
+            loss = model.response_loss([item], [answer]).sum() * len(model.tokens_of(answer))
+            if not held:
+                raise ValueError(f"item {item.id!r} has neither sound nor picture, so the adapter hands on nothing")
+            [gradient] = torch.autograd.grad(loss, held)
+        gradient = gradient.double()[0]
+        shift.append(float(gradient.sum(0).norm()))
+        whole.append(float(gradient.norm()))
+    return Sensitivity(np.array(shift), np.array(whole))
+
+
+def wasserstein(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
+    """The 1-Wasserstein distance of two samples (n, d), (m, d): exact for equal sizes; of the larger one, as many are drawn."""
+    from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
+
+    rng = np.random.default_rng(seed)
+    size = min(len(x), len(y))
+    x, y = (a if len(a) == size else a[rng.choice(len(a), size, replace=False)] for a in (x, y))
+    distances = cdist(x.astype(np.float64), y.astype(np.float64))
+    return float(distances[linear_sum_assignment(distances)].mean())
+
+
+def transport(
+    modal: np.ndarray,
+    text: np.ndarray,
+    labels: np.ndarray | None = None,
+    text_labels: np.ndarray | None = None,
+    draws: int = 20,
+    seed: int = 0,
+) -> tuple[Interval, float]:
+    """W1 of modal vectors (n, d) and those of texts (m, d), within each label if both have labels, and W1 between halves of the
+    texts.
+
+    The interval has the percentiles of W1 on random halves of both.
+
+    Raises:
+        ValueError: the widths differ, or there are fewer than 4 vectors of a kind.
+    """
+    if modal.ndim != 2 or text.ndim != 2 or modal.shape[1] != text.shape[1] or min(len(modal), len(text)) < 4:
+        raise ValueError(f"W1 takes 4 vectors or more of one width; got {modal.shape} and {text.shape}")
+    rng = np.random.default_rng(seed)
+
+    def distance(rows: np.ndarray, text_rows: np.ndarray) -> float:
+        if labels is None or text_labels is None:
+            return wasserstein(modal[rows], text[text_rows], seed)
+        parts = [(rows[labels[rows] == a], text_rows[text_labels[text_rows] == a]) for a in np.unique(labels[rows])]
+        known = [(len(i), wasserstein(modal[i], text[j], seed)) for i, j in parts if len(i) and len(j)]
+        return sum(n * w for n, w in known) / sum(n for n, _ in known) if known else math.nan
+
+    def half(n: int) -> np.ndarray:
+        return rng.permutation(n)[: n // 2]
+
+    value = distance(np.arange(len(modal)), np.arange(len(text)))
+    drawn = np.array([distance(half(len(modal)), half(len(text))) for _ in range(draws)])
+    drawn = drawn[np.isfinite(drawn)]
+    low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (math.nan, math.nan)
+    order = rng.permutation(len(text))
+    null = wasserstein(text[order[: len(text) // 2]], text[order[len(text) // 2 :]], seed)
+    return Interval(value, float(low), float(high), float(drawn.std()) if len(drawn) else math.nan, 0.95, len(modal)), null
+
+
+def bound(
+    attribute: str,
+    gradients: Sensitivity,
+    modal: np.ndarray,
+    text: np.ndarray,
+    lost: Interval,
+    vocabulary: int,
+    *,
+    labels: np.ndarray | None = None,
+    text_labels: np.ndarray | None = None,
+    draws: int = 20,
+    seed: int = 0,
+) -> Finding:
+    """Sensitivity times transport distance, and the bound made of them, beside the measured loss of GMI of one attribute.
+
+    Args:
+        gradients: at the right answers of this attribute.
+        modal, text: (n, d), (m, d) at the decoder's layer 0.
+        lost: GMI that texts have and sounds or pictures have not, or another measured loss, in bits.
+        vocabulary: tokens of the decoder.
+
+    Returns:
+        A table of one row: `sensitivity` (mean) with its interval, `sensitivity_p95`, `w1` with its interval, `w1_null`,
+        `product` in bits, `prefactor`, `bound` in bits, `lost` with its interval, `holds`.
+    """
+    mean = interval(gradients.shift, draws=500, seed=seed)
+    distance, null = transport(modal, text, labels, text_labels, draws, seed)
+    largest = _diameter(np.concatenate([modal, text]))
+    prefactor = 1 + min(math.exp(min(mean.value * largest, 700.0)), vocabulary)
+    product = mean.value * distance.value / math.log(2)
+    row = {"attribute": attribute, "n": len(modal), "n_texts": len(text), "seed": seed}
+    row |= {"sensitivity": mean.value, "sensitivity_low": mean.low, "sensitivity_high": mean.high}
+    row |= {"sensitivity_p95": float(np.quantile(gradients.shift, 0.95)), "sensitivity_whole": float(gradients.whole.mean())}
+    row |= {"w1": distance.value, "w1_low": distance.low, "w1_high": distance.high, "w1_null": null, "diameter": largest}
+    row |= {"product": product, "prefactor": prefactor, "bound": prefactor * product}
+    row |= {"lost": lost.value, "lost_low": lost.low, "lost_high": lost.high, "holds": abs(lost.value) <= prefactor * product}
+    sentence = (
+        f"For {attribute}, sensitivity {mean.value:.3g} nats a unit times W1 {distance.value:.3g} is {product:.3g} bits and with its "
+        f"prefactor {prefactor * product:.3g}, where {said(lost)} bits of GMI are lost; {CAVEAT}."
+    )
+    return Finding(pl.DataFrame([row]), sentence, lost)
+
+
+def _diameter(vectors: np.ndarray) -> float:
+    """The largest distance of two vectors (n, d)."""
+    from scipy.spatial.distance import pdist
+
+    return float(pdist(vectors.astype(np.float64)).max())
+
+
+def order(found: Sequence[Finding]) -> Finding:
+    """Whether the product orders attributes (or models) as the measured loss does: Spearman's rank correlation.
+
+    Raises:
+        ValueError: there are fewer than 3 to order.
+    """
+    from scipy.stats import spearmanr
+
+    table = pl.concat([f.table for f in found])
+    if len(table) < 3:
+        raise ValueError(f"an order takes 3 attributes or more, got {len(table)}")
+    products, lost = table["product"].to_numpy(), table["lost"].to_numpy()
+    rho = float(spearmanr(products, lost).statistic)
+    p = _permuted(products, lost, rho)
+    agree = Interval(rho, math.nan, math.nan, math.nan, 0.95, len(table))
+    word = "agrees with" if rho > 0 and p < 0.05 else "does not predict"
+    told = f"Over {len(table)} attributes the order of the products {word} that of the losses"
+    sentence = f"{told}: rank correlation {rho:.2f}, p = {p:.2f}."
+    return Finding(table.with_columns(rank_correlation=pl.lit(rho), p=pl.lit(p)), sentence, agree)
+
+
+def _permuted(a: np.ndarray, b: np.ndarray, observed: float, draws: int = 5000) -> float:
+    """One-sided p of a rank correlation: over all orders where they are few, over random ones otherwise."""
+    from scipy.stats import rankdata
+
+    if math.isnan(observed):
+        return math.nan
+    few = len(a) <= 7
+    rng = np.random.default_rng(0)
+    orders = [list(o) for o in permutations(range(len(a)))] if few else [rng.permutation(len(a)) for _ in range(draws)]
+    ranks, others = rankdata(a), rankdata(b)
+    null = [float(np.corrcoef(ranks, others[o])[0, 1]) for o in orders]
+    # The observed order is among all orders; among random ones it is added.
+    return float(np.mean(np.array(null) >= observed - 1e-9)) if few else p_value(observed, null)

@@ -1,0 +1,232 @@
+"""The experiments by name, from a model and items to tables in a folder: what `unisonde decode` calls.
+
+    OUT/
+      features/, asked-ATTRIBUTE/, texts/    runs of features: of the items, of the items with a question, of texts
+      scores-ATTRIBUTE/, ...                 finished steps, from which a killed call goes on
+      NAME.parquet                           the table of an experiment
+      NAME.json                              its sentences, and what was asked
+
+An attribute is a label of the items. A question about it lists its labels; the answers are the labels with a full stop, so that none of
+them begins with another.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from unisonde.data.item import Item
+from unisonde.models.base import Model
+from unisonde.models.bridged import Bridged
+from unisonde.runs.run import write_whole
+from unisonde.study.decoding.ablate import ablate
+from unisonde.study.decoding.bound import bound, order, sensitivity
+from unisonde.study.decoding.directions import compare_layers, directions
+from unisonde.study.decoding.features import Features, Hook, collect, labels_of
+from unisonde.study.decoding.finding import Finding
+from unisonde.study.decoding.gmi import Scores, collect_scores, gmi, unused
+from unisonde.study.decoding.probes import probes
+from unisonde.study.decoding.splits import splits
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all experiments share.
+
+    Attributes:
+        model: a bridged one.
+        items: with sound or picture, and labels.
+        texts: items of text alone, for the covariance of texts.
+        out: the folder.
+        attributes: labels that are read.
+        group: the label by which items are kept together.
+        response: the label that holds what the model should say; the first attribute if None.
+        name: of the data.
+    """
+
+    model: Bridged
+    items: Sequence[Item]
+    texts: Sequence[Item]
+    out: Path
+    attributes: tuple[str, ...]
+    group: str | None = None
+    response: str | None = None
+    name: str = "items"
+    folds: int = 5
+    draws: int = 10
+    seed: int = 0
+    progress: bool = True
+
+    @cached_property
+    def features(self) -> Features:
+        return collect(self.model, self.items, self.out / "features", name=self.name, progress=self.progress)
+
+    @cached_property
+    def of_texts(self) -> Features:
+        if not self.texts:
+            raise ValueError("this experiment needs texts, for their covariance; name some data with --texts")
+        return collect(self.model, self.texts, self.out / "texts", name="texts", progress=self.progress)
+
+    def label(self, item: Item, attribute: str) -> str:
+        """The label of an item.
+
+        Raises:
+            ValueError: it has none.
+        """
+        held = labels_of(item)
+        if attribute not in held:
+            raise ValueError(f"item {item.id!r} has no label {attribute!r}; it has {', '.join(held) or 'none'}")
+        return held[attribute]
+
+    def answers(self, attribute: str) -> list[str]:
+        """The answers to the question about an attribute, in order."""
+        return [f"{name}." for name in sorted({self.label(item, attribute) for item in self.items})]
+
+    def asked(self, attribute: str) -> list[Item]:
+        """The items, with the question about an attribute for their prompt."""
+        names = ", ".join(answer.rstrip(".") for answer in self.answers(attribute))
+        return [replace(item, prompt=f"What is the {attribute}? Answer with one of: {names}.") for item in self.items]
+
+    def scored(self, attribute: str) -> tuple[Features, Scores]:
+        """Features and scores of the items with that question."""
+        items = self.asked(attribute)
+        found = collect(self.model, items, self.out / f"asked-{attribute}", name=self.name, progress=self.progress)
+        if len(found) < len(items):
+            failed = found.run.items().drop_nulls("error").row(0, named=True)
+            raise ValueError(f"item {failed['item']!r} could not be taken ({failed['error']}); leave it out")
+        return found, collect_scores(self.model, items, self.answers(attribute), self.out / f"scores-{attribute}", self.progress)
+
+    def halves(self) -> tuple[list[int], list[int]]:
+        """Numbers of items to take directions from, and of others to judge by; groups stay together."""
+        labels = [self.label(item, self.attributes[0]) for item in self.items]
+        groups = None if self.group is None else [self.label(item, self.group) for item in self.items]
+        split = splits(labels, groups, 2, self.seed)[0]
+        return split.train.tolist(), split.test.tolist()
+
+
+def _probes(given: Setting) -> list[Finding]:
+    return [
+        probes(
+            given.features,
+            attribute,
+            _unless(given.group, attribute),
+            folds=given.folds,
+            seed=given.seed,
+            out=given.out / f"probes-{attribute}",
+            progress=given.progress,
+        )
+        for attribute in given.attributes
+    ]
+
+
+def _directions(given: Setting) -> list[Finding]:
+    kept = given.out / "directions"
+    return [compare_layers(given.features, given.of_texts, seed=given.seed, out=kept, progress=given.progress)]
+
+
+def _ablate(given: Setting) -> list[Finding]:
+    fitted, judged = given.halves()
+    place = Hook("llm", 0)
+    rows = {name: row for row, name in enumerate(given.features.table["item"])}
+    known = [rows[given.items[k].id] for k in fitted if given.items[k].id in rows]
+    found = directions(given.features.at(place)[known], given.of_texts.at(place))
+    said = given.response or given.attributes[0]
+    attribute = given.attributes[0]
+    answers, asked = given.answers(attribute), given.asked(attribute)
+    return [
+        ablate(
+            given.model,
+            [given.items[k] for k in judged],
+            [given.label(given.items[k], said) for k in judged],
+            found,
+            answers=answers,
+            asked=[asked[k] for k in judged],
+            labels=[answers.index(f"{given.label(given.items[k], attribute)}.") for k in judged],
+            draws=given.draws,
+            groups=None if given.group is None else [given.label(given.items[k], given.group) for k in judged],
+            seed=given.seed,
+            out=given.out / f"ablate-{attribute}",
+            progress=given.progress,
+        )
+    ]
+
+
+def _gmi(given: Setting) -> list[Finding]:
+    return [
+        gmi(
+            *given.scored(attribute),
+            attribute,
+            group=_unless(given.group, attribute),
+            folds=given.folds,
+            seed=given.seed,
+            out=given.out / f"gmi-{attribute}",
+            progress=given.progress,
+        )
+        for attribute in given.attributes
+    ]
+
+
+def _bound(given: Setting) -> list[Finding]:
+    place, found = Hook("llm", 0), []
+    vocabulary = given.model.language_model.get_input_embeddings().num_embeddings
+    for attribute in given.attributes:
+        features, scores = given.scored(attribute)
+        lost = unused(features, scores, attribute, group=_unless(given.group, attribute), folds=given.folds, seed=given.seed)
+        right = [f"{given.label(item, attribute)}." for item in given.items]
+        gradients = sensitivity(given.model, given.asked(attribute), right, given.progress)
+        found.append(bound(attribute, gradients, features.at(place), given.of_texts.at(place), lost, vocabulary, seed=given.seed))
+    return [*found, order(found)] if len(found) > 2 else found
+
+
+def _unless(group: str | None, attribute: str) -> str | None:
+    """A group, unless it is what is read: then no item could be held out."""
+    return None if group == attribute else group
+
+
+EXPERIMENTS: dict[str, Callable[[Setting], list[Finding]]] = {
+    "probes": _probes,
+    "directions": _directions,
+    "ablate": _ablate,
+    "gmi": _gmi,
+    "bound": _bound,
+}
+"""Every experiment that has a name."""
+
+
+def decode(name: str, model: Model, given: dict[str, Any]) -> list[Finding]:
+    """Run an experiment and write its table and its sentences.
+
+    Args:
+        model: a bridged one.
+        given: the other fields of `Setting`.
+
+    Raises:
+        ValueError: there is no such experiment, the model is not bridged, or what the experiment itself finds wrong.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"no experiment is called {name!r}; there are {', '.join(EXPERIMENTS)}")
+    if not isinstance(model, Bridged):
+        raise ValueError(
+            f"{model.name} is not an encoder with an adapter and a text decoder, which decode reads; `unisonde models` lists "
+            "families such as speech-smollm, ultravox and llava"
+        )
+    setting = Setting(model, **given)
+    if not setting.attributes and name != "directions":
+        raise ValueError(f"{name} reads labels of the items; name one or more with --attribute")
+    setting.out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    found = EXPERIMENTS[name](setting)
+    tables = [f.table for f in found if name != "bound" or len(f.table) == 1]
+    pl.concat(tables, how="diagonal").write_parquet(setting.out / f"{name}.parquet")
+    told = {"experiment": name, "model": model.name, "data": setting.name, "items": len(setting.items)}
+    told |= {"attributes": list(setting.attributes), "group": setting.group, "folds": setting.folds, "seed": setting.seed}
+    told |= {"seconds": round(time.monotonic() - began, 1), "findings": [f.sentence for f in found]}
+    write_whole(setting.out / f"{name}.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    return found

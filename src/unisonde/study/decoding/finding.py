@@ -1,0 +1,118 @@
+"""What an experiment gives (a table, a sentence, the interval that the sentence states), and its finished steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import polars as pl
+from rich.console import Console
+from rich.progress import track
+
+from unisonde.measure import Interval, bootstrap
+from unisonde.runs.run import compare, flush, write_whole
+from unisonde.study.decoding.splits import coded
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of an experiment.
+
+    Attributes:
+        table: tidy, one row a measured thing.
+        sentence: what was found, with its interval.
+        interval: that interval.
+    """
+
+    table: pl.DataFrame
+    sentence: str
+    interval: Interval
+
+
+def interval(
+    values: Sequence[float] | np.ndarray, groups: Sequence[Any] | np.ndarray | None = None, draws: int = 1000, seed: int = 0
+) -> Interval:
+    """The mean of one number an item (n,), with its 95% bootstrap interval; groups are drawn whole, where there are any."""
+    array = np.asarray(values, dtype=np.float64)
+    if groups is None:
+        return bootstrap(array, draws=draws, seed=seed)
+    numbers, names = coded(groups)
+    totals = np.stack([np.bincount(numbers, array, len(names)), np.bincount(numbers, minlength=len(names))], axis=1)
+    found = bootstrap(totals, _ratio, draws=draws, seed=seed)
+    return Interval(found.value, found.low, found.high, found.stderr, found.level, len(array))
+
+
+def _ratio(totals: np.ndarray) -> Any:
+    return totals[:, 0].sum() / totals[:, 1].sum()
+
+
+def said(found: Interval, form: str = "{:.2f}") -> str:
+    """`0.95 (0.91 to 0.98)`."""
+    if math.isnan(found.low):
+        return form.format(found.value)
+    return f"{form.format(found.value)} ({form.format(found.low)} to {form.format(found.high)})"
+
+
+class Steps:
+    """The finished steps of an experiment in a folder, each a table that is written whole; without a folder, nothing is kept.
+
+    Args:
+        folder: where they are, or None.
+        settings: what was asked for; steps of anything else are refused.
+
+    Raises:
+        ValueError: the folder holds steps of another experiment (the sentence says what differs), or something else.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path | str | None, settings: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        wanted = json.loads(json.dumps(settings))  # as it will be read back
+        path = self.folder / "settings.json"
+        if path.is_file():
+            if differences := compare(json.loads(path.read_text(encoding="utf-8")), wanted):
+                raise ValueError(f"{self.folder} holds an experiment with {'; '.join(differences[:4])}; name another folder")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} holds files that are no experiment; name another folder")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(wanted, indent=1) + "\n")
+
+    def table(self, name: str, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+        """The table of a step: as it was kept, or made and kept now."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"{name}.parquet"
+        if path.is_file():
+            return pl.read_parquet(path)
+        made = make()
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            made.write_parquet(partial)
+            flush(partial)
+            partial.rename(path)
+            flush(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return made
+
+    def clear(self) -> None:
+        """Forget all steps."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def ticking(steps: Iterable[T], what: str, progress: bool, total: int | None = None) -> Iterator[T]:
+    """The same steps, with a progress bar on stderr if it is wanted."""
+    yield from track(steps, what, total, console=Console(stderr=True), disable=not progress)

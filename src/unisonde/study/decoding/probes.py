@@ -1,0 +1,260 @@
+"""Linear probes: which attributes of an item can be read, and how well, from each layer of a bridged model.
+
+At every hook a multinomial logistic regression on standardised vectors is fitted and judged on items that it has not seen, by
+folds that keep groups together. Its regularisation is chosen within the training part alone, by the loss on inner folds. What it
+gives is
+
+- its accuracy, and how many times that is what always answering the commonest label gets (`times`);
+- retention: its accuracy above that chance, as a share of what it is at the adapter's output;
+- the V-information of the linear family, H(A) less the cross-entropy on held-out items (Xu et al. 2020), in bits: an estimate
+  from below of what is linearly there, in the unit in which the decoder's use of it is measured (`unisonde.study.decoding.gmi`);
+- the same under shuffled labels.
+
+The probes of "Modality Collapse as Mismatched Decoding" (arXiv 2602.23136) take one fixed regularisation, ungrouped splits and
+1 / K for chance, and report ratios of accuracies; 1 / K is in the table too (`uniform`).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from unisonde.measure import Interval, v_information
+from unisonde.measure.estimate import p_value
+from unisonde.study.decoding.features import ADAPTER_OUT, Features, Hook
+from unisonde.study.decoding.finding import Finding, Steps, interval, said, ticking
+from unisonde.study.decoding.splits import Split, coded, splits
+
+STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Inverse regularisations (scikit-learn's C) that are tried; the first leaves little but the shares of the labels."""
+
+INNER = 3
+"""Inner folds, where the labels stand in enough groups."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Held-out predictions of a probe.
+
+    Attributes:
+        log_probabilities: (n, K), normalised, of each item by the probe that has not seen it.
+        labels: (n,) numbers from 0 to K - 1.
+        strengths: the inverse regularisation of each fold.
+    """
+
+    log_probabilities: np.ndarray
+    labels: np.ndarray
+    strengths: tuple[float, ...]
+
+    @property
+    def hits(self) -> np.ndarray:
+        """(n,) ones where the likeliest label is right, else zeros."""
+        return (self.log_probabilities.argmax(1) == self.labels).astype(np.float64)
+
+    @property
+    def bits(self) -> np.ndarray:
+        """(n,) the pointwise V-information in bits against the shares of the labels; its mean is the V-information."""
+        shares = np.log(np.bincount(self.labels) / len(self.labels))
+        right = np.arange(len(self.labels))
+        return (self.log_probabilities[right, self.labels] - shares[self.labels]) / math.log(2)
+
+
+def predict(
+    x: np.ndarray,
+    labels: np.ndarray,
+    outer: Sequence[Split],
+    groups: np.ndarray | None = None,
+    strengths: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Predictions:
+    """Held-out predictions of numbered labels (n,) from vectors (n, d), one probe a split.
+
+    Args:
+        strengths: inverse regularisations to choose from within each training part, `STRENGTHS` if None; a single one is taken as it is.
+
+    Raises:
+        ValueError: the inner folds of a training part would leave a label out.
+    """
+    strengths = STRENGTHS if strengths is None else strengths
+    classes = int(labels.max()) + 1
+    held = np.empty((len(labels), classes))
+    chosen = []
+    for number, split in enumerate(outer):
+        best = strengths[0] if len(strengths) == 1 else _choose(x, labels, split.train, groups, strengths, seed + number)
+        [held[split.test]] = _fitted(x[split.train], labels[split.train], x[split.test], [best])
+        chosen.append(best)
+    return Predictions(held, labels, tuple(chosen))
+
+
+def _choose(
+    x: np.ndarray, labels: np.ndarray, train: np.ndarray, groups: np.ndarray | None, strengths: Sequence[float], seed: int
+) -> float:
+    """The inverse regularisation with the least loss on inner folds of the training part."""
+    own, x, labels = None if groups is None else groups[train], x[train], labels[train]
+    units = np.arange(len(labels)) if own is None else own
+    fewest = min(len(np.unique(units[labels == label])) for label in np.unique(labels))
+    losses = np.zeros(len(strengths))
+    for split in splits(labels, own, max(2, min(INNER, fewest)), seed):
+        right = np.arange(len(split.test))
+        for k, predicted in enumerate(_fitted(x[split.train], labels[split.train], x[split.test], strengths)):
+            losses[k] -= predicted[right, labels[split.test]].sum()
+    return strengths[int(losses.argmin())]
+
+
+def _fitted(x: np.ndarray, labels: np.ndarray, new: np.ndarray, strengths: Sequence[float]) -> list[np.ndarray]:
+    """Log-probabilities of new vectors from probes of several strengths, each begun where the last one ended."""
+    from scipy.special import log_softmax
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    mean, spread = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+    spread[spread < 1e-9 * max(1e-30, spread.max())] = 1.0
+    x, new = (x - mean) / spread, (new - mean) / spread
+    if x.shape[1] > len(x):
+        # The weights of a ridge-penalised fit lie in the span of the samples, so this rotation loses nothing.
+        basis = np.linalg.svd(x, full_matrices=False)[2]
+        x, new = x @ basis.T, new @ basis.T
+    probe = LogisticRegression(C=strengths[0], warm_start=True, max_iter=200)
+    made = []
+    for strength in strengths:
+        probe.set_params(C=strength)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a weak probe is judged like any other, on held-out items
+            probe.fit(x, labels)
+        logits = probe.decision_function(new)  # of two labels, the second's against the first's
+        made.append(log_softmax(np.stack([np.zeros_like(logits), logits], 1) if logits.ndim == 1 else logits, axis=1))
+    return made
+
+
+def shuffled(labels: np.ndarray, groups: np.ndarray | None, outer: Sequence[Split], rng: np.random.Generator) -> np.ndarray:
+    """Labels dealt anew: to items, or to whole groups where each group has one label; every training part still holds each label.
+
+    Raises:
+        ValueError: a label is too rare for that.
+    """
+    first, of_item = (np.unique(groups, return_index=True, return_inverse=True)[1:]) if groups is not None else (None, None)
+    whole = first is not None and bool((labels[first][of_item] == labels).all())
+    for _ in range(1000):
+        dealt = rng.permutation(labels[first])[of_item] if whole else rng.permutation(labels)
+        if all(len(np.unique(dealt[split.train])) == len(np.unique(labels)) for split in outer):
+            return dealt
+    raise ValueError("a label is too rare to be dealt anew to the splits; leave it out")
+
+
+def probes(
+    features: Features,
+    attribute: str,
+    group: str | None = None,
+    *,
+    hooks: Sequence[Hook] | None = None,
+    folds: int = 5,
+    shuffles: int = 5,
+    draws: int = 1000,
+    seed: int = 0,
+    out: Path | str | None = None,
+    progress: bool = True,
+) -> Finding:
+    """Read one attribute at every hook.
+
+    Args:
+        group: the label by which items are kept together.
+        hooks: where; everywhere if None.
+        shuffles: how often labels are dealt anew for the null, at the regularisation chosen for the true ones.
+        draws: resamples of the intervals, over items or whole groups.
+        out: a folder in which finished hooks are kept, so that a killed call goes on.
+
+    Returns:
+        A table with one row a hook: `accuracy`, `accuracy_low`, `accuracy_high`, `uniform` (1 / K), `chance` (share of the
+        commonest label), `times`, `retention` (null where there is no adapter, or it is at chance), `v_information` with `v_low`,
+        `v_high`, `ceiling` (the entropy of the labels) in bits, `null_accuracy`, `null_v_information`, `p` of the accuracy
+        against the null, `strength`.
+
+    Raises:
+        ValueError: the attribute or the group is unknown, or a label is too rare (`splits`).
+    """
+    labels, names = coded(features.labels(attribute))
+    groups = features.groups(group)
+    outer = splits(labels, groups, folds, seed)
+    places = features.hooks if hooks is None else list(hooks)
+    settings = {"run": features.run.id, "attribute": attribute, "group": group, "folds": folds, "shuffles": shuffles}
+    steps = Steps(out, {"experiment": "probes"} | settings | {"draws": draws, "seed": seed, "strengths": list(STRENGTHS)})
+    constant = {"model": features.model, "data": features.data, "attribute": attribute, "group": group or ""}
+    constant |= {"n": len(labels), "labels": len(names), "folds": folds, "seed": seed}
+
+    def read(hook: Hook) -> pl.DataFrame:
+        return pl.DataFrame([constant | _row(features.at(hook), hook, labels, groups, outer, shuffles, draws, seed)])
+
+    wanted = ticking(places, f"probes of {attribute}", progress)
+    table = pl.concat([steps.table(hook.column.replace(":", "-"), partial(read, hook)) for hook in wanted])
+    table = _with_retention(table)
+    last = features.last if features.last in places else places[-1]
+    return Finding(table, *_sentence(table, last, names, group))
+
+
+def _row(
+    x: np.ndarray,
+    hook: Hook,
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    outer: Sequence[Split],
+    shuffles: int,
+    draws: int,
+    seed: int,
+) -> dict[str, Any]:
+    found = predict(x, labels, outer, groups, seed=seed)
+    hits = interval(found.hits, groups, draws, seed)
+    bits = interval(found.bits, groups, draws, seed)
+    chance = float(np.bincount(labels).max() / len(labels))
+    strength = float(np.median(found.strengths))
+    rng = np.random.default_rng(seed)
+    null = [predict(x, shuffled(labels, groups, outer, rng), outer, groups, [strength]) for _ in range(shuffles)]
+    return {
+        "stack": hook.stack,
+        "layer": hook.layer,
+        "pool": hook.pool,
+        "accuracy": hits.value,
+        "accuracy_low": hits.low,
+        "accuracy_high": hits.high,
+        "uniform": 1.0 / (int(labels.max()) + 1),
+        "chance": chance,
+        "times": hits.value / chance,
+        "v_information": bits.value,
+        "v_low": bits.low,
+        "v_high": bits.high,
+        "ceiling": v_information(found.log_probabilities, labels).ceiling,
+        "null_accuracy": float(np.mean([n.hits.mean() for n in null])) if null else None,
+        "null_v_information": float(np.mean([n.bits.mean() for n in null])) if null else None,
+        "p": p_value(hits.value, [float(n.hits.mean()) for n in null]) if null else None,
+        "strength": strength,
+    }
+
+
+def _with_retention(table: pl.DataFrame) -> pl.DataFrame:
+    handed = table.filter((pl.col("stack") == ADAPTER_OUT.stack) & (pl.col("layer") == ADAPTER_OUT.layer))
+    above = handed["accuracy"][0] - handed["chance"][0] if len(handed) else 0.0
+    kept = (pl.col("accuracy") - pl.col("chance")) / above if above > 0 else pl.lit(None, dtype=pl.Float64)
+    return table.with_columns(kept.alias("retention"))
+
+
+def _sentence(table: pl.DataFrame, last: Hook, names: Sequence[str], group: str | None) -> tuple[str, Interval]:
+    [row] = table.filter(
+        (pl.col("stack") == last.stack) & (pl.col("layer") == last.layer) & (pl.col("pool") == last.pool)
+    ).to_dicts()
+    accuracy = Interval(row["accuracy"], row["accuracy_low"], row["accuracy_high"], math.nan, 0.95, row["n"])
+    bits = Interval(row["v_information"], row["v_low"], row["v_high"], math.nan, 0.95, row["n"])
+    apart = f"held out by {group}" if group else "held out"
+    kept = f"; it keeps {row['retention']:.0%} of what is above chance at the adapter" if row["retention"] is not None else ""
+    return (
+        f"At layer {row['layer']} of {last.stack} of {row['model']}, a linear probe reads {row['attribute']} ({len(names)} labels, "
+        f"{row['n']} items, {apart}) with accuracy {said(accuracy)}, {row['times']:.1f} times chance, and {said(bits)} of "
+        f"{row['ceiling']:.2f} bits{kept}.",
+        bits,
+    )

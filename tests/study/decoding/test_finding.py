@@ -1,0 +1,54 @@
+"""Intervals over items and groups, and steps that are kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+
+from unisonde.study.decoding.finding import Steps, interval, said
+
+
+def test_groups_are_drawn_whole() -> None:
+    """Ten groups of ten equal items are ten items, and not a hundred."""
+    of_group = np.random.default_rng(0).normal(size=10)
+    values, groups = np.repeat(of_group, 10), np.repeat(np.arange(10), 10)
+    alone, together, few = interval(values, draws=400), interval(values, groups, draws=400), interval(of_group, draws=400)
+    assert alone.value == pytest.approx(values.mean()) == pytest.approx(together.value)
+    assert together.n == 100 and together.stderr == pytest.approx(few.stderr, rel=0.15)
+    assert alone.stderr < together.stderr / 2
+    assert together.low < together.value < together.high
+    assert said(interval([0.5, 0.5]), "{:.1f}") == "0.5 (0.5 to 0.5)" and said(interval([0.5]), "{:.1f}") == "0.5"
+
+
+def test_groups_of_different_sizes_keep_the_mean_over_items() -> None:
+    values, groups = [1.0, 2.0, 3.0, 10.0], ["a", "a", "a", "b"]
+    assert interval(values, groups, draws=50).value == pytest.approx(4.0)
+
+
+def test_steps_are_made_once_and_go_with_their_settings(tmp_path) -> None:
+    made = []
+
+    def make() -> pl.DataFrame:
+        made.append(1)
+        return pl.DataFrame({"x": [len(made)], "y": [None]}, schema={"x": pl.Int64, "y": pl.Float64})
+
+    for _ in range(2):  # the second as after a kill
+        steps = Steps(tmp_path / "probes", {"seed": 0, "strengths": (1, 2)})
+        assert steps.table("one", make).rows() == [(1, None)]
+    assert len(made) == 1 and steps.table("two", make)["x"][0] == 2
+    with pytest.raises(ValueError, match="holds an experiment with seed = 0 where 1 is asked for; name another folder"):
+        Steps(tmp_path / "probes", {"seed": 1, "strengths": [1, 2]})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="holds files that are no experiment"):
+        Steps(tmp_path / "other", {})
+    assert Steps(None, {}).table("one", make)["x"][0] == 3
+
+
+def test_a_step_that_fails_leaves_nothing(tmp_path, monkeypatch) -> None:
+    steps = Steps(tmp_path / "s", {})
+    monkeypatch.setattr("unisonde.study.decoding.finding.flush", lambda path: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        steps.table("one", lambda: pl.DataFrame({"x": [1]}))
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["settings.json"]

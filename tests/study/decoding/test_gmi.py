@@ -1,0 +1,126 @@
+"""Present against usable: a label beside the readout, one along it, a badly tilted readout; and the scores of tiny models."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from known import balanced, folder_of, recordings
+
+from unisonde.measure import gmi as one_number
+from unisonde.study.decoding.features import Hook, collect
+from unisonde.study.decoding.gmi import Scores, collect_scores, gmi, held_out
+from unisonde.study.decoding.splits import splits
+
+N, ANSWERS = 120, ("no.", "yes.")
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def scene(along: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, vectors whose first axis holds the label, and scores by a readout that sees it by `along` and noise beside it."""
+    rng = np.random.default_rng(3)
+    labels = balanced(N, 2)
+    x = rng.normal(size=(N, 5))
+    x[:, 0] += 3.0 * np.where(labels, 1, -1)
+    logit = along * x[:, 0] + 2.0 * x[:, 1]
+    return labels, x, log_softmax(np.stack([-logit, logit], 1) / 2)
+
+
+def made(tmp_path, along: float):
+    labels, x, scores = scene(along)
+    vectors = {Hook("llm", k, pool): x for k in range(3) for pool in ("mean", "last")}
+    names = np.where(labels, "yes", "no")
+    features = folder_of(tmp_path / "f", vectors, {"male": names, "group": np.arange(N) // 2})
+    # Layers 0 and 1 by the lens, of which 0 says nothing; 2 is the state after the norm, 2 in the scores the model itself.
+    stacked = np.stack([np.full_like(scores, -1.0), scores, scores], 1)
+    return features, Scores(stacked, ANSWERS, tuple(features.table["item"]), "0"), labels
+
+
+def test_a_label_beside_the_readout_is_there_and_of_no_use(tmp_path) -> None:
+    features, scores, _ = made(tmp_path, along=0.0)
+    found = gmi(features, scores, "male", group="group", folds=3, draws=99, out=tmp_path / "g", progress=False)
+    row = found.table.row(-1, named=True)
+    assert row["v_information"] > 0.8 and row["v_information_low"] > 0.7
+    assert abs(row["gmi"]) < 0.05 and row["gmi_at_one"] < -0.2  # confident for no reason; the tilt takes that away
+    assert row["gap_low"] > 0.6 and row["gap"] == pytest.approx(row["v_information"] - row["gmi"])
+    assert row["accuracy"] > 0.95 and row["decoder_accuracy"] < 0.65 and row["ceiling"] == pytest.approx(1.0)
+    assert row["calibration_loss"] == pytest.approx(row["gmi"] - row["gmi_at_one"])
+    assert found.interval.value == row["gap"] and "At its end, the decoder of synthetic uses" in found.sentence
+    silent = found.table.row(0, named=True)
+    assert silent["gmi"] == pytest.approx(0.0, abs=1e-9) and silent["gmi_at_one"] == pytest.approx(0.0, abs=1e-9)
+    assert gmi(features, scores, "male", group="group", folds=3, draws=99, out=tmp_path / "g", progress=False).table.equals(
+        found.table
+    )
+
+
+def test_a_label_along_the_readout_is_used(tmp_path) -> None:
+    features, scores, labels = made(tmp_path, along=8.0)
+    found = gmi(features, scores, "male", folds=3, draws=99, layers=[2], progress=False)
+    row = found.table.row(-1, named=True)
+    assert row["gmi"] > 0.8 and row["gap_low"] < 0.1 and row["decoder_accuracy"] > 0.95
+    with pytest.raises(ValueError, match="the label '0' of group has no answer"):
+        gmi(features, scores, "group", progress=False)
+    assert len(labels) == row["n"]
+
+
+def test_a_tilt_is_undone_and_an_inverted_readout_is_worth_nothing() -> None:
+    labels, _, scores = scene(0.7)
+    outer = splits(labels, folds=3)
+    plain, sharp = held_out(scores, labels, outer), held_out(5 * scores, labels, outer)
+    np.testing.assert_allclose(plain.bits, sharp.bits, atol=1e-6)
+    assert np.median(plain.tilts) == pytest.approx(5 * np.median(sharp.tilts), rel=1e-4)
+    assert sharp.plain.mean() < plain.plain.mean() < plain.bits.mean() + 0.05
+    inverted = held_out(scores[:, ::-1].copy(), labels, outer)
+    assert inverted.tilts == (0.0, 0.0, 0.0) and not inverted.bits.any()
+    # The number of `measure`, which deals its own folds, up to their difference.
+    assert plain.bits.mean() == pytest.approx(one_number(scores, labels, folds=3).value, abs=0.03)
+
+
+def test_a_binary_symmetric_channel() -> None:
+    """1 - h(.11) bits whatever flip probability below 1/2 the scores believe in."""
+    n, flip = 2000, 0.11
+    labels = balanced(n, 2)
+    seen = labels ^ (np.random.default_rng(0).random(n) < flip)
+    exact = 1 + flip * math.log2(flip) + (1 - flip) * math.log2(1 - flip)
+    for believed in (0.3, 0.02):
+        scores = np.log(np.where(seen[:, None] == np.arange(2), 1 - believed, believed))
+        bits = held_out(scores, labels, splits(labels, folds=4)).bits
+        assert abs(bits.mean() - exact) < 3 * bits.std() / math.sqrt(n) < 0.1
+
+
+def test_what_does_not_fit(tmp_path) -> None:
+    features, scores, _ = made(tmp_path, 1.0)
+    with pytest.raises(ValueError, match="different items or prompts"):
+        gmi(features, Scores(scores.values, ANSWERS, scores.items, "1"), "male", progress=False)
+    with pytest.raises(ValueError, match=r"the label 'no' of male has no answer among 'never.', 'yes.'; say which"):
+        gmi(features, Scores(scores.values, ("never.", "yes."), scores.items, "0"), "male", progress=False)
+    three = Scores(np.pad(scores.values, ((0, 0), (0, 0), (0, 1))), (*ANSWERS, "both."), scores.items, "0")
+    with pytest.raises(ValueError, match=r"no item has the answer 'both\.'"):
+        gmi(features, three, "male", progress=False)
+    with pytest.raises(ValueError, match=r"two labels of male have the same answer|no item has the answer"):
+        gmi(features, scores, "male", {"no": "yes.", "yes": "yes."}, progress=False)
+
+
+def test_scores_of_a_tiny_model(tmp_path, tmp_path_factory, monkeypatch) -> None:
+    from bridges import built
+
+    from unisonde.study.decoding import gmi as room
+
+    monkeypatch.setattr(room, "CHUNK", 3)
+    model = built("ultravox", tmp_path_factory.getbasetemp())[0]
+    items = recordings(8)
+    features = collect(model, items, tmp_path / "f", progress=False)
+    scores = collect_scores(model, items, ["ann.", "bob."], tmp_path / "s", progress=False)
+    assert scores.values.shape == (8, model.llm.depth + 2, 2)
+    np.testing.assert_allclose(
+        scores.values, model.answer_scores(items, ["ann.", "bob."], layers=True).detach(), rtol=1e-5, atol=1e-5
+    )
+    (tmp_path / "s" / "00003.parquet").unlink()
+    again = collect_scores(model, items, ["ann.", "bob."], tmp_path / "s", progress=False)
+    np.testing.assert_array_equal(again.values, scores.values)
+    table = gmi(features, scores, "speaker", folds=2, draws=20, progress=False).table
+    assert table["layer"].to_list() == list(range(model.llm.depth + 2)) and table["gap"].is_finite().all()
