@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from bridges import built
@@ -77,10 +78,10 @@ def test_the_product_and_its_bound() -> None:
 
 
 def test_orders() -> None:
-    agreeing = order([one(str(k), k + 0.1, k) for k in range(5)])
+    agreeing = order(pl.concat([one(str(k), k + 0.1, k).table for k in range(5)]))
     assert agreeing.interval.value == pytest.approx(1.0) and agreeing.table["p"][0] == pytest.approx(1 / 120)
     assert "agrees with" in agreeing.sentence
-    against = order([one(str(k), k + 0.1, -k) for k in range(5)])
+    against = order(pl.concat([one(str(k), k + 0.1, -k).table for k in range(5)]))
     assert against.interval.value == pytest.approx(-1.0) and "does not predict" in against.sentence
     with pytest.raises(ValueError, match="3 attributes or more, got 2"):
-        order([one("a", 1, 1), one("b", 2, 2)])
+        order(pl.concat([one("a", 1, 1).table, one("b", 2, 2).table]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from html import unescape
 
 import polars as pl
 import pytest
@@ -10,6 +12,7 @@ from bridges import built
 from known import recordings
 
 from unisonde.data.item import Item
+from unisonde.measure import Interval
 from unisonde.study.decoding import experiments
 from unisonde.study.decoding.experiments import decode
 
@@ -53,7 +56,45 @@ def test_tables_and_sentences(model, tmp_path, name, rows) -> None:
     table = pl.read_parquet(tmp_path / "d" / f"{name}.parquet")
     assert len(table) == len(found.table) == rows(model)
     told = json.loads((tmp_path / "d" / f"{name}.json").read_text())
-    assert told["findings"] == [found.sentence] and told["items"] == 8 and told["seconds"] >= 0
+    [only] = told["findings"]
+    assert only["sentence"] == found.sentence and only["seconds"] >= 0 and only["folds"] == 2 and told["items"] == 8
+    assert only["attribute"] == found.attribute == ("" if name == "directions" else "speaker")
+
+
+def test_attributes_and_experiments_side_by_side_in_a_report(model, tmp_path) -> None:
+    """What real experiments write is what the report reads; a second attribute stands beside the first."""
+    from unisonde.report import write_report
+    from unisonde.study.decoding.results import Results
+
+    folder = tmp_path / "d"
+    asked = [("probes", "speaker"), ("probes", "parity"), ("gmi", "speaker"), ("gmi", "parity"), ("directions", "speaker")]
+    asked += [("ablate", "speaker"), ("bound", "speaker")]
+    for name, attribute in asked:
+        decode(name, model, given(folder, attributes=(attribute,), items=with_parity(12)))
+    held = Results.open(folder)
+    assert sorted(held.told) == sorted({name for name, _ in asked})
+    assert [f["attribute"] for f in held.findings("gmi")] == ["speaker", "parity"]
+    assert held.tables["gmi"]["attribute"].unique(maintain_order=True).to_list() == ["speaker", "parity"]
+    html = write_report([folder], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert html.count('<script type="application/json"') == 5 and len(list((tmp_path / "r_figures").iterdir())) == 10
+    assert all(finding["sentence"] in unescape(html) for name in held.told for finding in held.findings(name))
+    with pytest.raises(ValueError, match="items = 12 where 8 is asked for; name another folder"):
+        decode("gmi", model, given(folder))
+
+
+def test_an_order_takes_three_attributes(model, tmp_path) -> None:
+    folder = tmp_path / "d"
+    items = [replace(item, labels=item.labels | {"third": ("a", "b", "b")[k % 3]}) for k, item in enumerate(with_parity(12))]
+    assert len(decode("bound", model, given(folder, attributes=("speaker", "parity"), items=items))) == 2
+    found = decode("bound", model, given(folder, attributes=("third",), items=items))
+    assert len(found) == 2 and found[-1].sentence.startswith("Over 3 attributes the order")
+    told = json.loads((folder / "bound.json").read_text())["findings"]
+    assert [finding["attribute"] for finding in told] == ["speaker", "parity", "third", ""]
+
+
+def with_parity(count: int) -> list[Item]:
+    """Recordings with a second label of their take."""
+    return [replace(item, labels=item.labels | {"parity": ("even", "odd")[item.labels["take"] % 2]}) for item in recordings(count)]
 
 
 def test_ablation_judges_other_items_than_it_takes_directions_from(model, tmp_path, monkeypatch) -> None:
@@ -61,7 +102,7 @@ def test_ablation_judges_other_items_than_it_takes_directions_from(model, tmp_pa
 
     def ablate(model, items, responses, found, **rest):
         seen.update(rest, items=items, responses=responses, modes=len(found.vectors))
-        return experiments.Finding(pl.DataFrame({"x": [1]}), "said", None)
+        return experiments.Finding(pl.DataFrame({"x": [1]}), "said", Interval(0.1, 0.0, 0.2, 0.05, 0.95, 4))
 
     monkeypatch.setattr(experiments, "ablate", ablate)
     decode("ablate", model, given(tmp_path / "d", group="take", response="take"))

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from unisonde.measure import Interval
 from unisonde.study.decoding.finding import Steps, interval, said
 
 
@@ -18,6 +19,8 @@ def test_groups_are_drawn_whole() -> None:
     assert together.n == 100 and together.stderr == pytest.approx(few.stderr, rel=0.15)
     assert alone.stderr < together.stderr / 2
     assert together.low < together.value < together.high
+    assert said(Interval(-0.001, -0.2, 0.004, 0.1, 0.95, 9)) == "0.00 (-0.20 to 0.00)"
+    assert said(Interval(0.0, -0.2, 0.2, 0.1, 0.95, 9), "{:+.1f}") == "0.0 (-0.2 to +0.2)"
     assert said(interval([0.5, 0.5]), "{:.1f}") == "0.5 (0.5 to 0.5)" and said(interval([0.5]), "{:.1f}") == "0.5"
 
 

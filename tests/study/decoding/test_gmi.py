@@ -6,12 +6,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from known import balanced, folder_of, recordings
 
 from unisonde.measure import gmi as one_number
+from unisonde.measure.gmi import best_tilt
 from unisonde.study.decoding.features import Hook, collect
 from unisonde.study.decoding.gmi import Scores, collect_scores, gmi, held_out
-from unisonde.study.decoding.splits import splits
+from unisonde.study.decoding.splits import Split, splits
 
 N, ANSWERS = 120, ("no.", "yes.")
 
@@ -78,6 +80,23 @@ def test_a_tilt_is_undone_and_an_inverted_readout_is_worth_nothing() -> None:
     assert inverted.tilts == (0.0, 0.0, 0.0) and not inverted.bits.any()
     # The number of `measure`, which deals its own folds, up to their difference.
     assert plain.bits.mean() == pytest.approx(one_number(scores, labels, folds=3).value, abs=0.03)
+
+
+def test_the_tilt_has_not_seen_what_it_is_judged_by() -> None:
+    """Scores of noise: fitted on the same items, s would make a gain of every chance; held out, it gains nothing."""
+    rng = np.random.default_rng(5)
+    means = []
+    for draw in range(30):
+        labels, scores = balanced(40, 2, seed=draw), log_softmax(rng.normal(size=(40, 2)))
+        outer = splits(labels, folds=4)
+        found = held_out(scores, labels, outer)
+        log_prior = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+        for split, tilt in zip(outer, found.tilts, strict=True):
+            assert tilt == best_tilt(torch.tensor(scores[split.train]), torch.tensor(labels[split.train]), log_prior)
+        means.append(found.bits.mean())
+        seen = held_out(scores, labels, [Split(split.test, split.test) for split in outer]).bits.mean()
+        assert seen >= found.bits.mean() and seen >= -1e-12
+    assert np.mean(means) < 0 and min(means) < -0.01
 
 
 def test_a_binary_symmetric_channel() -> None:

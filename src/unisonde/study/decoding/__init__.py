@@ -10,4 +10,5 @@
 | `gmi` | what the decoder's own scores make of an attribute, against what is there |
 | `bound` | the paper's bound, in one space, against what was measured |
 | `finding` | table, sentence and interval; finished steps |
+| `results` | tables and sentences of a folder, attribute by attribute |
 """

@@ -266,7 +266,7 @@ def _sentence(table: pl.DataFrame) -> tuple[str, Interval]:
         others.append(f"text-aligned ones matched {name.removeprefix('aligned ')} {value:+.3f}")
     drawn = recentred.filter(pl.col("condition") == "random")["loss_change"]
     if len(drawn):
-        others.append(f"random ones {drawn.min():+.3f} to {drawn.max():+.3f} in {len(drawn)} draws")
+        others.append(f"random ones {drawn.min():+.3f} to {drawn.max():+.3f} in {len(drawn)} draw{'s' if len(drawn) > 1 else ''}")
     return (
         f"Removing the variation along the {row['modes']} modality-specific directions of {row['model']} ({row['share']:.0%} of the "
         f"variance) changes the loss of the response by {said(change, '{:+.3f}')} nats a token; {', '.join(others)}.",

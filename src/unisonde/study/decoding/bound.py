@@ -153,7 +153,7 @@ def bound(
     mean = interval(gradients.shift, draws=500, seed=seed)
     distance, null = transport(modal, text, labels, text_labels, draws, seed)
     largest = _diameter(np.concatenate([modal, text]))
-    prefactor = 1 + min(math.exp(min(mean.value * largest, 700.0)), vocabulary)
+    prefactor = 1.0 + min(math.exp(min(mean.value * largest, 700.0)), vocabulary)
     product = mean.value * distance.value / math.log(2)
     row = {"attribute": attribute, "n": len(modal), "n_texts": len(text), "seed": seed}
     row |= {"sensitivity": mean.value, "sensitivity_low": mean.low, "sensitivity_high": mean.high}
@@ -175,15 +175,14 @@ def _diameter(vectors: np.ndarray) -> float:
     return float(pdist(vectors.astype(np.float64)).max())
 
 
-def order(found: Sequence[Finding]) -> Finding:
-    """Whether the product orders attributes (or models) as the measured loss does: Spearman's rank correlation.
+def order(table: pl.DataFrame) -> Finding:
+    """Whether the product orders attributes (or models), one a row, as the measured loss does: Spearman's rank correlation.
 
     Raises:
         ValueError: there are fewer than 3 to order.
     """
     from scipy.stats import spearmanr
 
-    table = pl.concat([f.table for f in found])
     if len(table) < 3:
         raise ValueError(f"an order takes 3 attributes or more, got {len(table)}")
     products, lost = table["product"].to_numpy(), table["lost"].to_numpy()

@@ -3,8 +3,7 @@
     OUT/
       features/, asked-ATTRIBUTE/, texts/    runs of features: of the items, of the items with a question, of texts
       scores-ATTRIBUTE/, ...                 finished steps, from which a killed call goes on
-      NAME.parquet                           the table of an experiment
-      NAME.json                              its sentences, and what was asked
+      NAME.parquet, NAME.json                the table of an experiment; its sentences, and what was asked (`results`)
 
 An attribute is a label of the items. A question about it lists its labels; the answers are the labels with a full stop, so that none of
 them begins with another.
@@ -12,7 +11,6 @@ them begins with another.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +23,8 @@ import polars as pl
 from unisonde.data.item import Item
 from unisonde.models.base import Model
 from unisonde.models.bridged import Bridged
-from unisonde.runs.run import write_whole
+from unisonde.runs.probe import session
+from unisonde.study.decoding import results
 from unisonde.study.decoding.ablate import ablate
 from unisonde.study.decoding.bound import bound, order, sensitivity
 from unisonde.study.decoding.directions import compare_layers, directions
@@ -47,7 +46,7 @@ class Setting:
         out: the folder.
         attributes: labels that are read.
         group: the label by which items are kept together.
-        response: the label that holds what the model should say; the first attribute if None.
+        response: the label that holds what the model should say; the attribute itself if None.
         name: of the data.
     """
 
@@ -103,10 +102,11 @@ class Setting:
             raise ValueError(f"item {failed['item']!r} could not be taken ({failed['error']}); leave it out")
         return found, collect_scores(self.model, items, self.answers(attribute), self.out / f"scores-{attribute}", self.progress)
 
-    def halves(self) -> tuple[list[int], list[int]]:
+    def halves(self, attribute: str) -> tuple[list[int], list[int]]:
         """Numbers of items to take directions from, and of others to judge by; groups stay together."""
-        labels = [self.label(item, self.attributes[0]) for item in self.items]
-        groups = None if self.group is None else [self.label(item, self.group) for item in self.items]
+        labels = [self.label(item, attribute) for item in self.items]
+        group = _unless(self.group, attribute)
+        groups = None if group is None else [self.label(item, group) for item in self.items]
         split = splits(labels, groups, 2, self.seed)[0]
         return split.train.tolist(), split.test.tolist()
 
@@ -132,30 +132,33 @@ def _directions(given: Setting) -> list[Finding]:
 
 
 def _ablate(given: Setting) -> list[Finding]:
-    fitted, judged = given.halves()
+    return [_ablated(given, attribute) for attribute in given.attributes]
+
+
+def _ablated(given: Setting, attribute: str) -> Finding:
+    fitted, judged = given.halves(attribute)
     place = Hook("llm", 0)
     rows = {name: row for row, name in enumerate(given.features.table["item"])}
     known = [rows[given.items[k].id] for k in fitted if given.items[k].id in rows]
     found = directions(given.features.at(place)[known], given.of_texts.at(place))
-    said = given.response or given.attributes[0]
-    attribute = given.attributes[0]
+    said = given.response or attribute
     answers, asked = given.answers(attribute), given.asked(attribute)
-    return [
-        ablate(
-            given.model,
-            [given.items[k] for k in judged],
-            [given.label(given.items[k], said) for k in judged],
-            found,
-            answers=answers,
-            asked=[asked[k] for k in judged],
-            labels=[answers.index(f"{given.label(given.items[k], attribute)}.") for k in judged],
-            draws=given.draws,
-            groups=None if given.group is None else [given.label(given.items[k], given.group) for k in judged],
-            seed=given.seed,
-            out=given.out / f"ablate-{attribute}",
-            progress=given.progress,
-        )
-    ]
+    made = ablate(
+        given.model,
+        [given.items[k] for k in judged],
+        [given.label(given.items[k], said) for k in judged],
+        found,
+        answers=answers,
+        asked=[asked[k] for k in judged],
+        labels=[answers.index(f"{given.label(given.items[k], attribute)}.") for k in judged],
+        draws=given.draws,
+        groups=None if given.group is None else [given.label(given.items[k], given.group) for k in judged],
+        seed=given.seed,
+        out=given.out / f"ablate-{attribute}",
+        progress=given.progress,
+    )
+    about = {"attribute": attribute, "response": said, "answers": len(answers)}
+    return replace(made, table=made.table.select(*(pl.lit(value).alias(name) for name, value in about.items()), pl.all()))
 
 
 def _gmi(given: Setting) -> list[Finding]:
@@ -182,7 +185,7 @@ def _bound(given: Setting) -> list[Finding]:
         right = [f"{given.label(item, attribute)}." for item in given.items]
         gradients = sensitivity(given.model, given.asked(attribute), right, given.progress)
         found.append(bound(attribute, gradients, features.at(place), given.of_texts.at(place), lost, vocabulary, seed=given.seed))
-    return [*found, order(found)] if len(found) > 2 else found
+    return found
 
 
 def _unless(group: str | None, attribute: str) -> str | None:
@@ -220,13 +223,17 @@ def decode(name: str, model: Model, given: dict[str, Any]) -> list[Finding]:
     setting = Setting(model, **given)
     if not setting.attributes and name != "directions":
         raise ValueError(f"{name} reads labels of the items; name one or more with --attribute")
+    about = {"model": model.name, "data": setting.name, "items": len(setting.items)}
     setting.out.mkdir(parents=True, exist_ok=True)
+    results.check(setting.out, about)
+    asked_by = session(model.device)
     began = time.monotonic()
     found = EXPERIMENTS[name](setting)
-    tables = [f.table for f in found if name != "bound" or len(f.table) == 1]
-    pl.concat(tables, how="diagonal").write_parquet(setting.out / f"{name}.parquet")
-    told = {"experiment": name, "model": model.name, "data": setting.name, "items": len(setting.items)}
-    told |= {"attributes": list(setting.attributes), "group": setting.group, "folds": setting.folds, "seed": setting.seed}
-    told |= {"seconds": round(time.monotonic() - began, 1), "findings": [f.sentence for f in found]}
-    write_whole(setting.out / f"{name}.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    asked: dict[str, Any] = {"folds": setting.folds, "draws": setting.draws, "seed": setting.seed, "group": setting.group}
+    asked |= {"texts": len(setting.texts), "seconds": round(time.monotonic() - began, 1)}
+    table = results.add(setting.out, name, found, about, asked, asked_by)
+    if name == "bound" and len(table) > 2:
+        ordered = order(table)
+        results.tell(setting.out, name, ordered)
+        found = [*found, ordered]
     return found

@@ -36,6 +36,12 @@ class Finding:
     sentence: str
     interval: Interval
 
+    @property
+    def attribute(self) -> str:
+        """The attribute that it is about; empty if it is about none, or several."""
+        held = self.table["attribute"].unique().to_list() if "attribute" in self.table.columns else []
+        return str(held[0]) if len(held) == 1 else ""
+
 
 def interval(
     values: Sequence[float] | np.ndarray, groups: Sequence[Any] | np.ndarray | None = None, draws: int = 1000, seed: int = 0
@@ -55,10 +61,13 @@ def _ratio(totals: np.ndarray) -> Any:
 
 
 def said(found: Interval, form: str = "{:.2f}") -> str:
-    """`0.95 (0.91 to 0.98)`."""
-    if math.isnan(found.low):
-        return form.format(found.value)
-    return f"{form.format(found.value)} ({form.format(found.low)} to {form.format(found.high)})"
+    """`0.95 (0.91 to 0.98)`; what rounds to zero has no sign."""
+
+    def one(value: float) -> str:
+        text = form.format(value)
+        return text.lstrip("+-") if float(text) == 0 else text
+
+    return one(found.value) if math.isnan(found.low) else f"{one(found.value)} ({one(found.low)} to {one(found.high)})"
 
 
 class Steps:
@@ -96,21 +105,26 @@ class Steps:
         if path.is_file():
             return pl.read_parquet(path)
         made = make()
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            made.write_parquet(partial)
-            flush(partial)
-            partial.rename(path)
-            flush(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        write_table(made, path)
         return made
 
     def clear(self) -> None:
         """Forget all steps."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_table(table: pl.DataFrame, path: Path) -> None:
+    """Write or replace a table: what was there, or all of the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        table.write_parquet(partial)
+        flush(partial)
+        partial.replace(path)
+        flush(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def ticking(steps: Iterable[T], what: str, progress: bool, total: int | None = None) -> Iterator[T]:
