@@ -6,15 +6,12 @@ The figures' data are read back out of the page after plotly has drawn it, and c
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import statistics
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import opened
 from synthetic import HOSTILE, make_run
 
 from unisonde.report import write_report
@@ -26,17 +23,6 @@ pytestmark = pytest.mark.slow
 MODELS = (("twin/janus-pro", 4), ("twin/harmon", 3))
 FIGURES = [(model, quantity) for model, _ in MODELS for quantity in ("entropy", "conditional_entropy")]
 CELLS = {"text → text": ("text", "text"), "text → image": ("text", "image"), "image → text": ("image", "text")}
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1280,900",
-)
 
 
 @pytest.fixture(scope="module")
@@ -47,39 +33,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def browser(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The browser with the report open and its figures drawn."""
-    driver = start(tmp_path_factory.mktemp("profile"))
-    try:
-        report = write_report([run], tmp_path_factory.mktemp("report") / "report.html", figures=False)
-        driver.get(report.as_uri())
-        deadline = time.monotonic() + 600  # a guard against waiting for ever, not a measure
-        while driver.execute_script("return document.querySelectorAll('.js-plotly-plot .main-svg').length") < len(FIGURES):
-            assert time.monotonic() < deadline, f"figures were not drawn; the browser says {driver.get_log('browser')}"
-            time.sleep(0.2)
+    report = write_report([run], tmp_path_factory.mktemp("report") / "report.html", figures=False)
+    with opened(report, tmp_path_factory.mktemp("profile"), len(FIGURES)) as driver:
         yield driver
-    finally:
-        driver.quit()
-
-
-def start(profile: Path) -> Any:
-    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    try:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-    except ImportError:
-        programs.append(None)
-    if None in programs:
-        reason = "chromium, chromedriver and selenium are needed to look at the report"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(programs[0])
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(programs[1])))
-    driver.set_script_timeout(300)
-    return driver
 
 
 def values(run: Run, model: str, quantity: str, cell: str, column: str = "value") -> dict[int, list[float]]:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 QUANTITIES: dict[str, str] = {"entropy": "Prompt entropy", "conditional_entropy": "Conditional entropy"}
 """The quantities that are drawn, and what their axes say."""
 
+CROWDED = 24
+"""With more layers than this, marks are small."""
+
 QUESTION = "question → text"
 """The cell of the question beside an image prompt: counted, not drawn."""
 

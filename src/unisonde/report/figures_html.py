@@ -9,7 +9,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from unisonde.report.curves import Curve, Panel, number, percent, ticks
+from unisonde.report.curves import CROWDED, Curve, Panel, number, percent, ticks
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 LAYER_AXIS = "layer (0: embedding)"
 SHARE_AXIS = "share of ceiling (%)"
-CROWDED = 24
-"""With more layers than this, marks are small."""
 GREY = "rgba(128, 128, 128, 0.25)"
 
 
@@ -162,7 +160,7 @@ def _band(curve: Curve, points: list[dict[str, Any]]) -> Any:
         mode="lines",
         line={"width": 0, "color": curve.look.colour},
         fill="toself",
-        fillcolor=_faint(curve.look.colour),
+        fillcolor=faint(curve.look.colour),
         hoverinfo="skip",
         showlegend=False,
     )
@@ -220,6 +218,7 @@ def _rule_zero(fig: go.Figure, panel: Panel) -> None:
             fig.add_shape(type="line", xref=f"x{column} domain", yref=f"y{column}", x0=0, x1=1, y0=0, y1=0, line=line)
 
 
-def _faint(colour: str) -> str:
+def faint(colour: str) -> str:
+    """A colour, nearly transparent."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.15)"

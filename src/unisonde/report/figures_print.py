@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unisonde.report.curves import Curve, Panel, Section, ticks
-from unisonde.report.figures_html import CROWDED, LAYER_AXIS, SHARE_AXIS
+from unisonde.report.curves import CROWDED, Curve, Panel, Section, ticks
+from unisonde.report.figures_html import LAYER_AXIS, SHARE_AXIS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,16 +52,21 @@ def save(section: Section, folder: Path) -> list[Path]:
     """Every panel of a section as PDF and PNG in `folder`, which is made if it is missing. Returns the files, PDFs first."""
     import matplotlib
 
-    folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     for panel in section.panels():
         with matplotlib.rc_context(STYLE):
-            fig = figure(section, panel)
-            for suffix, options in ((".pdf", {"metadata": {"CreationDate": None}}), (".png", {"dpi": 200})):
-                path = folder / (file_name(section, panel) + suffix)
-                fig.savefig(path, **options)
-                files.append(path)
+            files += write(figure(section, panel), folder, file_name(section, panel))
     return sorted(files, key=lambda path: path.suffix)
+
+
+def write(fig: Figure, folder: Path, name: str) -> list[Path]:
+    """A figure as PDF and PNG in `folder`, which is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for suffix, options in ((".pdf", {"metadata": {"CreationDate": None}}), (".png", {"dpi": 200})):
+        files.append(folder / (name + suffix))
+        fig.savefig(files[-1], **options)  # type: ignore[arg-type]
+    return files
 
 
 def file_name(section: Section, panel: Panel) -> str:

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file of one or several runs, and the same figures as PDF and PNG beside it.
+"""The report: one self-contained HTML file of one or several runs and experiments, and the same figures as PDF and PNG beside it.
 
 The file opens without a network and forbids itself any. It holds plotly.js once, and each figure as data.
 """
@@ -12,9 +12,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unisonde.report import figures_html, figures_print, samples, tables
+from unisonde.report import decoding, decoding_html, figures_html, figures_print, grid_print, samples, tables
 from unisonde.report.curves import QUESTION, Panel, Section, number, sections
-from unisonde.report.page import page
+from unisonde.report.page import page, plot
+from unisonde.study.decoding.results import Results
 
 if TYPE_CHECKING:
     from unisonde.runs import Run
@@ -43,10 +44,10 @@ ABOUT = {
 
 
 def write_report(runs: Sequence[Run | Path | str], out: Path | str, figures: bool = True) -> Path:
-    """Write the report of one or several runs.
+    """Write the report of one or several runs, and of experiments of mismatched decoding.
 
     Args:
-        runs: runs, or their folders, in the order in which they are to appear.
+        runs: runs, or their folders, or folders of `unisonde decode`, in the order in which they are to appear; experiments follow runs.
         out: the HTML file; one that is there is replaced. Missing folders are made.
         figures: also write every figure as PDF and PNG into the folder `<name of out>_figures` beside it.
 
@@ -65,41 +66,48 @@ def write_report(runs: Sequence[Run | Path | str], out: Path | str, figures: boo
     _require("plotly")
     if figures:
         _require("matplotlib")
-    found = sections([_opened(run) for run in runs])
-    if not found:
-        raise ValueError(f"no model is named in the run.json of {', '.join(str(_opened(run).folder) for run in runs)}")
+    experiments = [Results.open(run) for run in runs if isinstance(run, (str, Path)) and Results.are_in(run)]
+    opened = [_opened(run) for run in runs if not (isinstance(run, (str, Path)) and Results.are_in(run))]
+    found = sections(opened)
+    if opened and not found:
+        raise ValueError(f"no model is named in the run.json of {', '.join(str(run.folder) for run in opened)}")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f"{out.stem}_figures") if figures else None
     if folder is not None:
         for section in found:
             figures_print.save(section, folder)
-    _write_whole(out, render(found, folder))
+        for place, results in enumerate(experiments, start=1):
+            for grid in decoding.grids(results, place).values():
+                grid_print.save(grid, folder)
+    _write_whole(out, render(found, folder, experiments))
     return out
 
 
-def render(found: Sequence[Section], folder: Path | None = None) -> str:
+def render(found: Sequence[Section], folder: Path | None = None, experiments: Sequence[Results] = ()) -> str:
     """The HTML of a report.
 
     Args:
-        found: its sections, at least one.
+        found: its sections.
         folder: where the figures are as PDF and PNG, beside the page; None if they were not written.
+        experiments: of mismatched decoding; there is one section, or one set of experiments, at least.
     """
     from plotly.offline import get_plotlyjs
 
-    names = list(dict.fromkeys(section.name for section in found))
-    title = f"Layer-wise entropy of {names[0]}" if len(names) == 1 else f"Layer-wise entropy of {len(names)} models"
-    data = list(dict.fromkeys(section.data for section in found))
-    units = tables.units(found)
+    names = list(dict.fromkeys([*(section.name for section in found), *(results.model for results in experiments)]))
+    data = list(dict.fromkeys([*(section.data for section in found), *(results.data for results in experiments)]))
+    what = "Layer-wise entropy of" if found else "What the decoder can use:"
+    title = f"{what} {names[0]}" if len(names) == 1 else f"{what} {len(names)} models"
     body = [
         '<header><p class="kicker">unisonde report</p>',
         f"<h1>{escape(title)}</h1>",
         f'<p class="subtitle">{escape(", ".join(names))}, on {escape(", ".join(data))}</p>',
-        f"<p>{HOW_TO_READ.format(units=escape(units))}</p><p>{CELLS}</p></header>",
-        "<h3>The numbers in short</h3>",
-        tables.summary(found),
-        f'<p class="note">{SUMMARY_NOTE}</p>',
+        *([f"<p>{HOW_TO_READ.format(units=escape(tables.units(found)))}</p><p>{CELLS}</p>"] if found else []),
+        *([f"<p>{decoding_html.HOW_TO_READ}</p>"] if experiments else []),
+        "</header>",
+        *(["<h3>The numbers in short</h3>", tables.summary(found), f'<p class="note">{SUMMARY_NOTE}</p>'] if found else []),
         "<noscript><p>The figures of this page need JavaScript.</p></noscript>",
         *(_section(section, folder) for section in found),
+        *(decoding_html.section(results, place, folder) for place, results in enumerate(experiments, start=1)),
     ]
     return page(escape(title), "\n".join(body), get_plotlyjs())
 
@@ -145,7 +153,7 @@ def _section(section: Section, folder: Path | None) -> str:
         f"<div><h4>Model</h4>{tables.fields(section.model)}",
         f"<h4>Data</h4>{tables.fields(identity.get('data') or {})}</div>",
         "</div>",
-        _sessions(section),
+        tables.sessions(section.sessions),
     ]
     return "\n".join(parts)
 
@@ -171,12 +179,7 @@ def _figure(section: Section, panel: Panel, place: int, folder: Path | None) -> 
     caption = f"<p>{' '.join(notes)}</p>"
     label = escape(_alternative(section, panel))
     data = figures_html.safe_json(figures_html.figure(panel))
-    return (
-        f"<figure><h3>{panel.label}{escape(stack)}</h3>"
-        f'<div class="plot" id="{key}" data-name="{escape(name)}" role="img" aria-label="{label}"></div>'
-        f'<script type="application/json" data-figure="{key}">{data}</script>'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return plot(key, escape(name), label, data, caption, f"<h3>{panel.label}{escape(stack)}</h3>")
 
 
 def _who(panel: Panel) -> str:
@@ -197,18 +200,6 @@ def _alternative(section: Section, panel: Panel) -> str:
         for curve in panel.curves
     )
     return f"{panel.label} of {section.name} by layer: {'; '.join(ends)}"
-
-
-def _sessions(section: Section) -> str:
-    parts = ["<h4>Sessions</h4>"]
-    for session in section.sessions:
-        versions = ", ".join(f"{name} {version}" for name, version in (session.get("versions") or {}).items())
-        where = [session.get("started"), versions, session.get("platform"), session.get("device")]
-        if session.get("threads"):
-            where.append(f"{session['threads']} threads")
-        parts.append(f"<pre>{escape(str(session.get('command') or 'command not recorded'))}</pre>")
-        parts.append(f'<p class="note">{escape("; ".join(str(part) for part in where if part))}</p>')
-    return "".join(parts) if section.sessions else ""
 
 
 def _count(parameters: int) -> str:

@@ -35,7 +35,7 @@ figcaption p { max-width: none; margin: .2rem 0; }
 .table { overflow-x: auto; margin: .6rem 0 1rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .55rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
-thead th[rowspan] { text-align: left; }
+thead th[rowspan], thead tr:first-child th:first-child { text-align: left; }
 thead th { vertical-align: bottom; font-weight: 600; white-space: nowrap; }
 thead th[colspan] { text-align: center; }
 tbody th { text-align: left; font-weight: 400; }
@@ -110,6 +110,25 @@ SCRIPT = """
   window.addEventListener("afterprint", function () { paint(dark.matches); });
 })();
 """
+
+
+def plot(key: str, name: str, described: str, data: str, caption: str, heading: str = "", height: int | None = None) -> str:
+    """A figure of the page. All arguments are HTML, but `data`.
+
+    Args:
+        key: its id.
+        name: of the file that a reader saves.
+        described: what it shows, for those who cannot see it.
+        data: its JSON, which must be safe inside a script (`figures_html.safe_json`).
+        heading: stands over it, and stays with it in print.
+        height: in pixels, where it is not that of the style.
+    """
+    tall = "" if height is None else f' style="min-height: {height}px"'
+    return (
+        f'<figure>{heading}<div class="plot" id="{key}" data-name="{name}" role="img" aria-label="{described}"{tall}></div>'
+        f'<script type="application/json" data-figure="{key}">{data}</script>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def page(title: str, body: str, library: str) -> str:

@@ -129,7 +129,7 @@ def counts(section: Section) -> str:
         f'<th scope="col">{name}</th>'
         for name in ("shown → asked for", "items", "failed", "measured", "tokens of the prompt", "tokens of the response")
     )
-    return _wrap(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>")
+    return wrap(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>")
 
 
 def flags(section: Section) -> str:
@@ -147,13 +147,13 @@ def flags(section: Section) -> str:
     if not body:
         return ""
     head = "".join(f'<th scope="col">{name}</th>' for name in ("flag", "rows", "items", "meaning"))
-    return _wrap(f'<table class="words"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>')
+    return wrap(f'<table class="words"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>')
 
 
 def fields(settings: Mapping[str, Any]) -> str:
     """Settings, one line a field; a field within a field is written `outer.inner`."""
     lines = "".join(f"<tr><th scope='row'>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in _flat(settings))
-    return _wrap(f'<table class="fields"><tbody>{lines}</tbody></table>') if lines else "<p>not recorded</p>"
+    return wrap(f'<table class="fields"><tbody>{lines}</tbody></table>') if lines else "<p>not recorded</p>"
 
 
 def _flat(settings: Mapping[str, Any], outer: str = "") -> Iterable[tuple[str, str]]:
@@ -218,7 +218,7 @@ def _landmark_table(layers: Sequence[str], unit: str, body: Sequence[str], *more
     )
     below = "".join(f'<th scope="col">{layer}</th>' for layer in layers) * len(QUANTITIES)
     head = f"<thead><tr>{first}</tr><tr>{below}</tr></thead>"
-    return _wrap(f'<table class="numbers">{head}<tbody>{"".join(body)}</tbody></table>')
+    return wrap(f'<table class="numbers">{head}<tbody>{"".join(body)}</tbody></table>')
 
 
 def units(sections: Sequence[Section]) -> str:
@@ -239,5 +239,19 @@ def _tokens(frame: pl.DataFrame, column: str) -> str:
     return "<br>".join(texts)
 
 
-def _wrap(table: str) -> str:
+def wrap(table: str) -> str:
+    """A table that scrolls by itself where the page is narrow."""
     return f'<div class="table">{table}</div>'
+
+
+def sessions(held: Sequence[Mapping[str, Any]]) -> str:
+    """Who asked, when, and with what."""
+    parts = ["<h4>Sessions</h4>"]
+    for session in held:
+        versions = ", ".join(f"{name} {version}" for name, version in (session.get("versions") or {}).items())
+        where = [session.get("started"), versions, session.get("platform"), session.get("device")]
+        if session.get("threads"):
+            where.append(f"{session['threads']} threads")
+        parts.append(f"<pre>{escape(str(session.get('command') or 'command not recorded'))}</pre>")
+        parts.append(f'<p class="note">{escape("; ".join(str(part) for part in where if part))}</p>')
+    return "".join(parts) if held else ""
