@@ -134,7 +134,7 @@ def test_what_learning_changes(experiments: Results) -> None:
             assert [(round(x), y) for x, y, *_ in part(axes, f"{trained} seed")] == [
                 (list(LABELS).index(row["read"]), row["change"]) for row in seeds
             ]
-    assert usable.y_label == "change of usable information (bits)"
+    assert usable.title == "speaker is learnt: usable" and usable.y_label == "change of information (bits)"
 
 
 def test_page_and_paper_draw_the_same_grid(experiments: Results) -> None:

@@ -448,14 +448,14 @@ def interventions(results: Results, name: str, title: str) -> Grid:
         rows = rows_of(table, attribute)
         for quantity, what in (("gmi", "usable"), ("v_information", "present where the answer is read")):
             mine = [row for row in rows if row["quantity"] == quantity]
-            axes.append(_learnt(mine, f"{short(attribute)} is learnt: {what}", f"change of {what.split()[0]} information (bits)"))
+            axes.append(_learnt(mine, f"{short(attribute)} is learnt: {what}"))
     described = (
         f"What of each attribute the decoder of {results.model} can use, before and after it learnt {', '.join(attributes(table))}"
     )
-    return Grid(name, f"{title}: low-rank training of the decoder", described, tuple(axes), 2)
+    return Grid(name, f"{title}: low-rank training of the decoder", described, tuple(axes), 2, shared=True)
 
 
-def _learnt(rows: Sequence[dict[str, Any]], title: str, label: str) -> Axes:
+def _learnt(rows: Sequence[dict[str, Any]], title: str) -> Axes:
     names = list(dict.fromkeys(row["read"] for row in rows))
     series = []
     for shift, (trained, look) in zip((-0.14, 0.14), LEARNT.items(), strict=True):
@@ -477,7 +477,14 @@ def _learnt(rows: Sequence[dict[str, Any]], title: str, label: str) -> Axes:
                     )
                 )
     places = tuple(float(k) for k in range(len(names)))
-    return Axes(title, "attribute that is read", label, tuple(series), (places, tuple(map(short, names))), zero=True)
+    return Axes(
+        title,
+        "attribute that is read",
+        "change of information (bits)",
+        tuple(series),
+        (places, tuple(map(short, names))),
+        zero=True,
+    )
 
 
 def _changed(row: dict[str, Any]) -> str:
