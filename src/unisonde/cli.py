@@ -99,7 +99,7 @@ def probe(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, and folders of `unisonde decode`.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
     figures: Annotated[bool, typer.Option(help="Also write every figure as PDF and PNG, beside the report.")] = True,
 ) -> None:
@@ -230,7 +230,8 @@ def decode(
 ) -> None:
     """Mismatched decoding: what the decoder of a model can use of what its encoder gives it.
 
-    Run again with the same --out, it goes on where it was. The table is written to OUT/EXPERIMENT.parquet.
+    Run again with the same --out, it goes on where it was. The table is written to OUT/EXPERIMENT.parquet; `unisonde report OUT`
+    shows all experiments of a folder.
     """
     from unisonde.data import Item, evenly, open_data
     from unisonde.models import load
@@ -249,16 +250,19 @@ def decode(
 
 @app.command()
 def train(
-    twin: Annotated[str, typer.Argument(help="The twin to make: janus-pro.", show_default=False)],
+    twin: Annotated[str, typer.Argument(help="What to make: janus-pro or speech-smollm.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The folder to write; twins/NAME if not given.")] = None,
     seed: Seed = 0,
     precision: Annotated[
         str, typer.Option(help="auto, bf16 or fp32; auto takes bf16 where the processor multiplies in it.")
     ] = "auto",
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of joint training; the recipe's if not given.")] = None,
-    code_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the image tokenizer; the recipe's if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the last stage; the recipe's if not given.")] = None,
+    code_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the first stage (image tokenizer, or spelling); the recipe's if not given."),
+    ] = None,
 ) -> None:
-    """Train a small twin of a model family on Tabletop. Killed, it goes on where it was when it is called again."""
+    """Train a small model that ships with the package. Killed, it goes on where it was when it is called again."""
     from unisonde.train import train_twin
 
     folder = train_twin(twin, out, seed=seed, precision=precision, steps=steps, code_steps=code_steps)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import unisonde
-from unisonde.train import train_twin
+from unisonde.train import RECIPES, train_twin
 from unisonde.train.janus_pro import Recipe, train
 from unisonde.train.loop import Schedule
 
@@ -81,3 +81,19 @@ def test_a_truncated_weight_file_is_refused(folder, tmp_path) -> None:
     (broken / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model.safetensors"):
         unisonde.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [("janus-pro", "codes", "joint"), ("speech-smollm", "spell", "write")],
+)
+def test_steps_go_to_the_stages(tmp_path, monkeypatch, name, first, last) -> None:
+    from importlib import import_module
+
+    room, seen = import_module(RECIPES[name][0]), {}
+    monkeypatch.setattr(room, "train", lambda out, recipe: seen.update(recipe=recipe) or out)
+    assert train_twin(name, tmp_path / "t", seed=3, precision="fp32", steps=7, code_steps=5) == tmp_path / "t"
+    recipe = seen["recipe"]
+    assert (recipe.seed, recipe.precision, getattr(recipe, first).steps, getattr(recipe, last).steps) == (3, "fp32", 5, 7)
+    train_twin(name, tmp_path / "t")
+    assert seen["recipe"] == room.Recipe()

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
-TWINS = ("janus-pro",)
+RECIPES: dict[str, tuple[str, str, str]] = {
+    "janus-pro": ("unisonde.train.janus_pro", "codes", "joint"),
+    "speech-smollm": ("unisonde.train.speech_smollm", "spell", "write"),
+}
+"""What can be made: the module with its `Recipe` and `train`, and the schedules of its first and of its last stage in the recipe."""
+
+TWINS = tuple(RECIPES)
 
 
 def train_twin(
@@ -17,18 +24,21 @@ def train_twin(
     steps: int | None = None,
     code_steps: int | None = None,
 ) -> Path:
-    """Make a twin by its recipe and write it to `out` (`twins/NAME` if None).
+    """Make a small model by its recipe and write it to `out` (`twins/NAME` if None).
+
+    Args:
+        steps: of the last stage; the recipe's if None.
+        code_steps: of the first stage; the recipe's if None.
 
     Raises:
-        ValueError: there is no such twin, or `out` holds something else.
+        ValueError: there is no such model, `out` holds something else, or what the recipe needs is missing.
     """
-    if name not in TWINS:
+    if name not in RECIPES:
         raise ValueError(f"no twin is called {name!r}; there are {', '.join(TWINS)}")
-    from unisonde.train.janus_pro import Recipe, train
-
-    recipe = Recipe(seed=seed, precision=precision)
-    if steps is not None:
-        recipe = replace(recipe, joint=replace(recipe.joint, steps=steps))
-    if code_steps is not None:
-        recipe = replace(recipe, codes=replace(recipe.codes, steps=code_steps))
-    return train(out or Path("twins") / name, recipe)
+    module, first, last = RECIPES[name]
+    room = import_module(module)
+    recipe = room.Recipe(seed=seed, precision=precision)
+    for stage, count in ((last, steps), (first, code_steps)):
+        if count is not None:
+            recipe = replace(recipe, **{stage: replace(getattr(recipe, stage), steps=count)})
+    return room.train(out or Path("twins") / name, recipe)
