@@ -210,7 +210,7 @@ def verify(
 
 @app.command()
 def decode(
-    experiment: Annotated[str, typer.Argument(help="probes, directions, ablate, gmi or bound.", show_default=False)],
+    experiment: Annotated[str, typer.Argument(help="probes, directions, ablate, gmi, bound or lora.", show_default=False)],
     model: Annotated[
         str, typer.Argument(help="A model of encoder, adapter and decoder, such as speech-smollm.", show_default=False)
     ],
@@ -220,7 +220,9 @@ def decode(
     out: Annotated[Path, typer.Option(help="The folder of the experiments of this model and data.", show_default=False)],
     attribute: Annotated[list[str], typer.Option(help="Labels that are read: --attribute speaker digit.")] = [],  # noqa: B006
     group: Annotated[str | None, typer.Option(help="The label by which items are kept together in splits and intervals.")] = None,
-    response: Annotated[str | None, typer.Option(help="The label that holds what the model should say (ablate).")] = None,
+    response: Annotated[
+        str | None, typer.Option(help="The label that holds what the model should say (ablate), or is the control (lora).")
+    ] = None,
     texts: Annotated[str, typer.Option(help="Data whose prompts are the texts (directions, ablate, bound).")] = "prompts",
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items, evenly over categories.")] = None,
     folds: Annotated[int, typer.Option(min=2, help="Of the held-out splits.")] = 5,
@@ -250,7 +252,12 @@ def decode(
 
 @app.command()
 def train(
-    twin: Annotated[str, typer.Argument(help="What to make: janus-pro or speech-smollm.", show_default=False)],
+    twin: Annotated[
+        str,
+        typer.Argument(
+            help="What to make: janus-pro, speech-smollm, vision-smollm-aligned or vision-smollm-masked.", show_default=False
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="The folder to write; twins/NAME if not given.")] = None,
     seed: Seed = 0,
     precision: Annotated[
@@ -259,7 +266,7 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the last stage; the recipe's if not given.")] = None,
     code_steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps of the first stage (image tokenizer, or spelling); the recipe's if not given."),
+        typer.Option(min=1, help="Steps of the first stage (image tokenizer, spelling, or encoder); the recipe's if not given."),
     ] = None,
 ) -> None:
     """Train a small model that ships with the package. Killed, it goes on where it was when it is called again."""

@@ -19,7 +19,7 @@ from unisonde.data.item import TASKS, Item
 
 
 def test_every_entry_is_complete() -> None:
-    assert list(DATA) == ["tabletop", "t2i-corebench", "prompts", "fsdd", "emodb", "spoken"]
+    assert list(DATA) == ["tabletop", "textured", "t2i-corebench", "prompts", "fsdd", "emodb", "spoken"]
     for name, data in DATA.items():
         assert data.name == name and ":" not in name
         assert data.summary and "\n" not in data.summary and data.licence

@@ -136,6 +136,7 @@ def test_converted_weights_fill_the_network_exactly(folder, tmp_path, change, sa
         ({"config.json": {"model_type": "llava"}}, "llava"),
         ({"config.json": {"model": {"vision_backbone_id": "dinov2-vit-l"}, "seed": 7}}, "prismatic"),
         ({"config.json": {"model_type": "speech-smollm"}}, "speech-smollm"),
+        ({"config.json": {"model_type": "vision-smollm"}}, "vision-smollm"),
     ],
 )
 def test_a_family_is_told_by_its_files(tmp_path, files, family) -> None:

@@ -6,7 +6,8 @@ import torch
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from unisonde.models.speech_smollm import Projector, ProjectorConfig, SpeechNetwork, SpeechSmolLM
+from unisonde.models.parts.projected import ProjectedNetwork
+from unisonde.models.speech_smollm import Projector, ProjectorConfig, SpeechSmolLM
 
 from . import tiny
 
@@ -21,5 +22,5 @@ def make(seed: int = 0) -> SpeechSmolLM:
     sizes = {"d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "num_mel_bins": 8}
     encoder = tiny.enliven(WhisperEncoder(WhisperConfig(**sizes, max_source_positions=POSITIONS)), seed)
     decoder = tiny.causal("llama", seed)
-    network = SpeechNetwork(encoder, Projector(CONFIG), decoder)
+    network = ProjectedNetwork(encoder, Projector(CONFIG), decoder)
     return SpeechSmolLM(network, CONFIG, tiny.byte_tokenizer(template=TEMPLATE), "tiny")

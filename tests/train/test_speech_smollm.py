@@ -24,19 +24,8 @@ from unisonde.data.sound import Sound
 from unisonde.models import smollm, speech_smollm
 from unisonde.models.speech_smollm import SpeechSmolLM
 from unisonde.train.loop import Schedule
-from unisonde.train.speech_smollm import (
-    Heard,
-    Recipe,
-    Speller,
-    Writer,
-    draw,
-    fit_projector,
-    hear_all,
-    plain,
-    project,
-    train,
-    word_errors,
-)
+from unisonde.train.projector import Encoded, Writer, project
+from unisonde.train.speech_smollm import Recipe, Speller, draw, fit_projector, hear_all, plain, train, word_errors
 
 from ..models.tiny_speech import CONFIG, make
 
@@ -61,7 +50,7 @@ def recording(number: int, word: str, seconds: float = 0.3) -> Item:
     return Item(str(number), word, "Hm?", labels={"digit": word, "sentence": f"{word} {word}"}, audio=Sound(samples, 16_000))
 
 
-def heard(model: SpeechSmolLM, count: int = 6) -> list[Heard]:
+def heard(model: SpeechSmolLM, count: int = 6) -> list[Encoded]:
     items = [recording(k, WORDS[k % 2], 0.2 + 0.1 * k) for k in range(count)]
     return hear_all(model, items, [item.labels["digit"] for item in items], "noise")
 
@@ -84,13 +73,13 @@ def test_spelling_is_the_sum_over_all_alignments() -> None:
             kept = [symbol for symbol, _ in itertools.groupby(path)]
             if [symbol for symbol in kept if symbol] == spelt:
                 total += math.exp(sum(logs[k, symbol] for k, symbol in enumerate(path)))
-        loss = speller.loss([features], [Heard(features, [], words)])
+        loss = speller.loss([features], [Encoded(features, [], words)])
         assert float(loss) == pytest.approx(-math.log(total) / len(words), rel=1e-5)
 
 
 def test_what_cannot_be_spelt_costs_nothing() -> None:
     embeddings, features = torch.randn(7, 5), torch.randn(2, 5)
-    assert float(Speller(embeddings, [2], 3.0).loss([features], [Heard(features, [], [2, 2, 2])])) == 0.0
+    assert float(Speller(embeddings, [2], 3.0).loss([features], [Encoded(features, [], [2, 2, 2])])) == 0.0
 
 
 def test_writing_is_what_the_model_scores(model: SpeechSmolLM) -> None:
@@ -127,7 +116,7 @@ def test_gradients_reach_the_projector_alone(model: SpeechSmolLM) -> None:
 
 
 def test_batches_are_of_one_length_and_follow_the_seed(model: SpeechSmolLM) -> None:
-    pools = [heard(model, 4), [Heard(torch.zeros(k + 1, 3), [k], [k]) for k in range(200)]]
+    pools = [heard(model, 4), [Encoded(torch.zeros(k + 1, 3), [k], [k]) for k in range(200)]]
     assert [len(one.joined) for one in pools[0]] == sorted(len(one.joined) for one in pools[0])
     first, again = (draw(random.Random(7), pools, 0.2, 8) for _ in range(2))
     assert [one.ids for one in first] == [one.ids for one in again] and len(first) == 8
@@ -267,7 +256,7 @@ def test_noise_can_be_learnt_by_heart(tmp_path: Path, monkeypatch: pytest.Monkey
     def kept(judge: type[Speller] | type[Writer]) -> Callable[..., torch.Tensor]:
         own = judge.loss
 
-        def loss(self: Any, features: Sequence[torch.Tensor], batch: Sequence[Heard]) -> torch.Tensor:
+        def loss(self: Any, features: Sequence[torch.Tensor], batch: Sequence[Encoded]) -> torch.Tensor:
             value = own(self, features, batch)
             losses[judge.__name__].append(value.item())
             return value

@@ -89,6 +89,15 @@ DATA: dict[str, DataSet] = {
             drawn=True,
         ),
         DataSet(
+            name="textured",
+            summary="pictures of shapes that are alike, plain, striped, dotted or checked, with every attribute as a label",
+            tasks=("text",),
+            licence="drawn by unisonde, under its licence",
+            loader="unisonde.data.tabletop.textured:items",
+            splits=("test", "train"),
+            drawn=True,
+        ),
+        DataSet(
             name="t2i-corebench",
             summary="1,080 prompts that ask for composition and reasoning, in twelve dimensions",
             tasks=("text", "image"),

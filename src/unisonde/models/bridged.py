@@ -22,7 +22,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -51,6 +51,7 @@ class Prompted:
         spans: over `ids`, all of the role `prompt`; content that is no text is where features go.
         inputs: what the encoder takes, one batch row, or one for each piece of a long recording; empty for an item of text alone.
         frames: how many positions of the encoder hold content.
+        features: what the adapter gives for it, (1, n, d), where that is known already (`Bridged.ahead`).
     """
 
     ids: list[int]
@@ -58,6 +59,7 @@ class Prompted:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     frames: int = 0
     flags: tuple[str, ...] = ()
+    features: Tensor | None = None
 
     @property
     def slots(self) -> list[int]:
@@ -187,9 +189,7 @@ class Bridged(Model):
         Raises:
             ValueError: an edit gave another shape.
         """
-        kind = next(self.network.parameters()).dtype
-        placed = {k: v.to(self.device, kind if v.is_floating_point() else None) for k, v in prompted.inputs.items()}
-        handed = self.bridge(placed)
+        handed = self._bridged(prompted.inputs) if prompted.features is None else prompted.features
         if handed.shape[:2] != (1, len(prompted.slots)):
             raise RuntimeError(
                 f"the adapter of {self.name} gave {tuple(handed.shape)}, the prompt has {len(prompted.slots)} places"
@@ -203,10 +203,21 @@ class Bridged(Model):
             handed = changed
         return handed
 
+    def _bridged(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        kind = next(self.network.parameters()).dtype
+        return self.bridge({k: v.to(self.device, kind if v.is_floating_point() else None) for k, v in inputs.items()})
+
+    def ahead(self, prompted: Prompted) -> Prompted:
+        """The same with the adapter's features worked out, so that encoder and adapter need not run again: they are not shown then."""
+        if not prompted.inputs:
+            return prompted
+        with torch.no_grad():
+            return replace(prompted, features=self._bridged(prompted.inputs), inputs={})
+
     def embed(self, prompted: Prompted, response_ids: Sequence[int] = ()) -> Tensor:
         """What enters the decoder: embeddings of prompt and response, with features in their places, (1, L, d)."""
         embeddings = self._words([[*prompted.ids, *response_ids]])
-        if not prompted.inputs:
+        if not prompted.slots:
             return embeddings
         slots = torch.tensor(prompted.slots, device=self.device)
         return embeddings.index_copy(1, slots, self.features(prompted).to(embeddings))
@@ -347,6 +358,10 @@ class Bridged(Model):
         tails = self._tails(answers)
         room = max(map(len, tails))
         return torch.stack([self._scores(self.prepare(item, room), tails, layers) for item in items])
+
+    def scores_of(self, prompted: Prompted, answers: Sequence[str], layers: bool = False) -> Tensor:
+        """`answer_scores` of one item that is prepared: (K,), or (L + 2, K)."""
+        return self._scores(prompted, self._tails(answers), layers)
 
     def _tails(self, answers: Sequence[str]) -> list[list[int]]:
         if isinstance(answers, str) or not answers:

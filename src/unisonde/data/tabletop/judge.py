@@ -213,8 +213,8 @@ def _pixels(picture: Picture) -> np.ndarray:
 # ---- what could be in a cell ----
 
 
-def _area(shape: str, size: str) -> np.ndarray:
-    """The part of each pixel of a cell inside a shape: (8, 8). Exact along x; along y the midpoint rule."""
+def area(shape: str, size: str) -> np.ndarray:
+    """The part of each pixel of a cell inside a shape, (8, 8), from its chords: exact along x, along y by the midpoint rule."""
     lines, half = 96, SIZES[size] / 2  # lines a pixel: a multiple of 3, so that the arms of a cross are exact, too
     y = (np.arange(CELL * lines) + 0.5) / lines - CELL / 2
     inside = abs(y) < half
@@ -236,7 +236,7 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
     sharp = np.zeros((len(_CELLS), len(_KINDS), SIDE, SIDE))
     for c, (row, column) in enumerate(_CELLS):
         for k, kind in enumerate(_KINDS):
-            sharp[c, k, PITCH * row : PITCH * row + CELL, PITCH * column : PITCH * column + CELL] = _area(*kind)
+            sharp[c, k, PITCH * row : PITCH * row + CELL, PITCH * column : PITCH * column + CELL] = area(*kind)
     blurred = [gaussian_filter(sharp, (0, 0, blur, blur), mode="nearest") for blur in _BLURS + _SMEARS]
     templates = np.stack(blurred).reshape(len(blurred), len(_CELLS), len(_KINDS), SIDE * SIDE)
     return templates, (templates**2).sum(-1)

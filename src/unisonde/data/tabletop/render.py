@@ -1,4 +1,4 @@
-"""Drawing a Tabletop scene: anti-aliased shapes on a plain background, 32 x 32 RGB."""
+"""Drawing a Tabletop scene: anti-aliased shapes, plain or textured, on a plain background, 32 x 32 RGB."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from unisonde.data.tabletop.scene import BACKGROUNDS, CELL, COLOURS, PITCH, SIDE, SIZES, Scene
+from unisonde.data.tabletop.scene import BACKGROUNDS, CELL, COLOURS, PITCH, SHADE, SIDE, SIZES, Scene
 
 _SUBPIXELS = 8  # each pixel is covered in proportion to how many of its 8 x 8 points lie inside the shape
 
@@ -31,6 +31,19 @@ def coverage(shape: str, size: str) -> np.ndarray:
     return inside.reshape(CELL, _SUBPIXELS, CELL, _SUBPIXELS).mean((1, 3))
 
 
+@cache
+def brightness(texture: str) -> np.ndarray:
+    """What a texture makes of the colour of each pixel of a cell: (CELL, CELL), 1 or `SHADE`."""
+    y, x = np.indices((CELL, CELL))
+    darker = {
+        "plain": np.zeros((CELL, CELL), bool),
+        "striped": y % 2 == 1,
+        "dotted": (y % 2 == 1) & (x % 2 == 1),
+        "checked": (y + x) % 2 == 1,
+    }[texture]
+    return np.where(darker, SHADE, 1.0)
+
+
 def render_array(scene: Scene) -> np.ndarray:
     """The picture of a scene: (32, 32, 3) uint8."""
     picture = np.empty((SIDE, SIDE, 3))
@@ -39,7 +52,8 @@ def render_array(scene: Scene) -> np.ndarray:
         top, left = PITCH * thing.row, PITCH * thing.column
         cell = picture[top : top + CELL, left : left + CELL]
         mask = coverage(thing.shape, thing.size)[:, :, None]
-        cell[:] = mask * np.array(COLOURS[thing.colour]) + (1 - mask) * cell
+        colour = brightness(thing.texture)[:, :, None] * np.array(COLOURS[thing.colour])
+        cell[:] = mask * colour + (1 - mask) * cell
     return picture.round().astype(np.uint8)
 
 

@@ -1,7 +1,8 @@
 """The Tabletop world: what there is, and which scenes belong to which split.
 
-A scene is one to three coloured shapes on a 3 x 3 grid, on a plain background. This file holds the facts of the world (words,
-colours, geometry) and nothing that draws, reads or writes about it: `render` draws, `judge` reads pixels, `grammar` speaks.
+A scene is one to three coloured shapes on a 3 x 3 grid, on a plain background. The shapes are plain, too, unless a texture is asked
+for (`textured`). This file holds the facts of the world (words, colours, geometry) and nothing that draws, reads or writes about it:
+`render` draws, `judge` reads pixels, `grammar` speaks.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ COLOURS: dict[str, RGB] = {
 }
 SIZES: dict[str, int] = {"small": 6, "large": 8}
 """Side of the box that a shape fills, in pixels."""
+TEXTURES = ("plain", "striped", "dotted", "checked")
+"""Striped: every second row of pixels is darker; dotted: every second pixel of these rows; checked: every second pixel of each row."""
+SHADE = 0.5
+"""Brightness of the darker pixels of a texture, as a share of the thing's colour."""
 BACKGROUNDS: dict[str, RGB] = {"white": (250, 250, 250), "grey": (150, 150, 150), "black": (20, 20, 20)}
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
@@ -46,13 +51,14 @@ TEST_SHARE = 8
 
 @dataclass(frozen=True, order=True)
 class Thing:
-    """One shape on the table. Ordered by place: row, then column."""
+    """One shape on the table. Ordered by place: row, then column. Its texture is named by no text of the grammar."""
 
     row: int
     column: int
     shape: str
     colour: str
     size: str
+    texture: str = "plain"
 
     @property
     def cell(self) -> tuple[int, int]:
@@ -78,7 +84,7 @@ class Scene:
 
     @property
     def layout(self) -> str:
-        """The scene without its background, as text: two scenes with one layout are told apart by nothing a prompt must say."""
+        """The scene without background and textures, as text: scenes with one layout are told apart by nothing a prompt must say."""
         return ";".join(f"{t.row}{t.column} {t.size} {t.colour} {t.shape}" for t in self.things)
 
     @property

@@ -9,6 +9,7 @@
 | `ablate` | what the decoder loses without them |
 | `gmi` | what the decoder's own scores make of an attribute, against what is there |
 | `bound` | the paper's bound, in one space, against what was measured |
+| `lora` | what changes when the decoder learns an attribute |
 | `finding` | table, sentence and interval; finished steps |
 | `results` | tables and sentences of a folder, attribute by attribute |
 """

@@ -31,6 +31,7 @@ from unisonde.study.decoding.directions import compare_layers, directions
 from unisonde.study.decoding.features import Features, Hook, collect, labels_of
 from unisonde.study.decoding.finding import Finding
 from unisonde.study.decoding.gmi import Scores, collect_scores, gmi, unused
+from unisonde.study.decoding.lora import Objective, Question, lora
 from unisonde.study.decoding.probes import probes
 from unisonde.study.decoding.splits import splits
 
@@ -46,7 +47,7 @@ class Setting:
         out: the folder.
         attributes: labels that are read.
         group: the label by which items are kept together.
-        response: the label that holds what the model should say; the attribute itself if None.
+        response: the label that holds what the model should say, the attribute itself if None; for `lora`, the control.
         name: of the data.
     """
 
@@ -188,6 +189,41 @@ def _bound(given: Setting) -> list[Finding]:
     return found
 
 
+def _lora(given: Setting) -> list[Finding]:
+    """The first attribute is learnt, all are read. The control is the label `response`: asked for like an attribute if it is one that is
+    read, else said to the item as it is."""
+    attribute, control = given.attributes[0], given.response
+    if control is None or control == attribute:
+        raise ValueError(
+            "lora needs a control: name with --response a label other than the attribute, for the decoder to learn from the same items"
+        )
+    learnt, judged = given.halves(attribute)
+    rest = replace(given, items=[given.items[k] for k in judged])
+
+    def objective(name: str) -> Objective:
+        asked, end = (given.asked(name), ".") if name in given.attributes else (list(given.items), "")
+        return Objective(name, [asked[k] for k in learnt], [given.label(given.items[k], name) + end for k in learnt])
+
+    def question(name: str) -> Question:
+        group, answers = _unless(given.group, name), rest.answers(name)
+        labels = [answers.index(f"{rest.label(item, name)}.") for item in rest.items]
+        groups = None if group is None else [rest.label(item, group) for item in rest.items]
+        return Question(name, rest.asked(name), answers, labels, groups)
+
+    return [
+        lora(
+            given.model,
+            objective(attribute),
+            objective(control),
+            [question(name) for name in given.attributes],
+            folds=given.folds,
+            seed=given.seed,
+            out=given.out / f"lora-{attribute}",
+            progress=given.progress,
+        )
+    ]
+
+
 def _unless(group: str | None, attribute: str) -> str | None:
     """A group, unless it is what is read: then no item could be held out."""
     return None if group == attribute else group
@@ -199,6 +235,7 @@ EXPERIMENTS: dict[str, Callable[[Setting], list[Finding]]] = {
     "ablate": _ablate,
     "gmi": _gmi,
     "bound": _bound,
+    "lora": _lora,
 }
 """Every experiment that has a name."""
 
