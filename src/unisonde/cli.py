@@ -223,7 +223,7 @@ def decode(
     response: Annotated[
         str | None, typer.Option(help="The label that holds what the model should say (ablate), or is the control (lora).")
     ] = None,
-    texts: Annotated[str, typer.Option(help="Data whose prompts are the texts (directions, ablate, bound).")] = "prompts",
+    texts: Annotated[str, typer.Option(help="Data whose prompts are the texts (directions, ablate).")] = "prompts",
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items, evenly over categories.")] = None,
     folds: Annotated[int, typer.Option(min=2, help="Of the held-out splits.")] = 5,
     draws: Annotated[int, typer.Option(min=0, help="Random spans (ablate).")] = 10,
@@ -232,11 +232,12 @@ def decode(
 ) -> None:
     """Mismatched decoding: what the decoder of a model can use of what its encoder gives it.
 
-    Run again with the same --out, it goes on where it was. The table is written to OUT/EXPERIMENT.parquet; `unisonde report OUT`
-    shows all experiments of a folder.
+    Run again with the same --out, it goes on where it was. The table is written to OUT/EXPERIMENT.parquet, the figure to
+    OUT/EXPERIMENT.pdf and .png; `unisonde report OUT` shows all experiments of a folder.
     """
     from unisonde.data import Item, evenly, open_data
     from unisonde.models import load
+    from unisonde.report.decoding import draw
     from unisonde.study.decoding.experiments import decode as run_experiment
 
     source = open_data(data)
@@ -244,10 +245,14 @@ def decode(
     words = [Item(i.id, i.category, i.prompt) for i in open_data(texts).items("text", seed=seed) if i.modality == "text"]
     given = {"attributes": tuple(attribute), "group": group, "response": response, "folds": folds, "draws": draws, "seed": seed}
     found = run_experiment(experiment, load(model), {"items": items, "texts": words, "out": out, "name": source.name} | given)
+    try:
+        figure = f", the figure {draw(out, experiment)[0]}"
+    except ImportError as error:  # the table stands, and the figure can be had later
+        figure = f"; for its figure, {error}"
     if as_json:
         print(json.dumps([finding.sentence for finding in found], indent=1, ensure_ascii=False))
     else:
-        print(*(finding.sentence for finding in found), f"The table is {out / experiment}.parquet.", sep="\n")
+        print(*(finding.sentence for finding in found), f"The table is {out / experiment}.parquet{figure}.", sep="\n")
 
 
 @app.command()

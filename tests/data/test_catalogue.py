@@ -203,7 +203,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("tabeltop:test", "the nearest name is tabletop"),
         ("corebench", "the nearest name is t2i-corebench"),
         ("prompt", "the nearest name is prompts"),
-        ("zzz", "the names are tabletop, t2i-corebench, prompts"),
+        ("zzz", "the names are tabletop, textured, t2i-corebench, prompts"),
         ("", "the names are"),
         ("no/such/file.jsonl", "no data set and no path"),
     ],

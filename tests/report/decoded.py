@@ -140,7 +140,8 @@ def bound_row(attribute: str, place: int) -> dict[str, Any]:
     row |= named("sensitivity", about(attribute, 0.5 + place, 500)) | {"sensitivity_p95": 2.0, "sensitivity_whole": 3.0}
     row |= named("w1", about(attribute, 11.0 + place, 501)) | {"w1_null": 5.0, "diameter": 30.0}
     row |= {"product": 10.0 ** (place + 1), "prefactor": 49153.0, "bound": 49153.0 * 10.0 ** (place + 1)}
-    return row | named("lost", about(attribute, 2.0 - 0.5 * place, 502)) | {"holds": True}
+    row |= {"gmi_words": 2.25 - 0.5 * place, "gmi": 0.25, "holds": True}
+    return row | named("lost", about(attribute, 2.0 - 0.5 * place, 502))
 
 
 def lora_rows(attribute: str) -> list[dict[str, Any]]:

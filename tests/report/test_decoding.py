@@ -214,7 +214,9 @@ def test_tables_hold_the_numbers(experiments: Results) -> None:
     assert ["speaker", "the attribute", "speaker", "usable (bits)", "0.20", "1.20", "1.00 (0.80 to 1.10)"] in learnt and len(
         learnt
     ) == 18
-    assert [row[-1] for row in cells(html, "The bound of the paper")[1:]] == ["yes"] * 3
+    bound = cells(html, "The bound of the paper")[1:]
+    assert [row[-1] for row in bound] == ["yes"] * 3
+    assert bound[0][1:3] == ["2.25", "0.25"] and bound[0][3].startswith("2.00 (")
 
 
 def test_what_was_asked_is_said(experiments: Results) -> None:

@@ -197,7 +197,7 @@ def test_writing_is_what_the_model_scores() -> None:
     model = make()
     batch = see_all(model, scenes(3))
     writer = Writer(model, model.prepare(item_of(Scene((), "white")), 1), None)
-    loss = float(writer.loss([f.detach() for f in project(model.network.projector, batch, None)], batch))
+    loss = writer.loss([f.detach() for f in project(model.network.projector, batch, None)], batch).detach().item()
     total, count = 0.0, 0
     for one in scenes(3):
         ids = [*model.tokens_of(caption(one)), model.tokenizer.eos_token_id]

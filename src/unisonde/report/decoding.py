@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -64,6 +66,21 @@ def grids(results: Results, number: int) -> dict[str, Grid]:
             title = f"{results.model} on {results.data}"
             found[name] = make(results, f"{number}-{words}-decoding-{name}", title)
     return found
+
+
+def draw(folder: Path | str, experiment: str) -> list[Path]:
+    """The figure of an experiment as PDF and PNG beside its table.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    grid = grids(Results.open(folder), 1)[experiment]
+    try:
+        from unisonde.report.grid_print import save
+
+        return save(replace(grid, name=experiment), Path(folder))
+    except ImportError:
+        raise ImportError("matplotlib is needed: pip install 'unisonde[report]'") from None
 
 
 def attributes(table: pl.DataFrame) -> list[str]:

@@ -54,7 +54,8 @@ NOTES = {
     ),
     "bound": (
         "Sensitivity and transport distance are of one space, and the sensitivity is a mean gradient norm: no Lipschitz constant, so "
-        "nothing here is guaranteed to bound anything. The loss is what a probe finds at the adapter's output, less the GMI of the model."
+        "nothing here is guaranteed to bound anything. The loss is the GMI of the model's answers where the labels stand in words, less "
+        "that where it hears or sees."
     ),
     "lora": (
         "Filled marks are means over seeds, with intervals over seeds and items; open marks are single seeds. The control learns "
@@ -269,27 +270,29 @@ def _drawn(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 def _bound(table: pl.DataFrame) -> str:
     heads = (
         "attribute",
-        "texts",
+        "GMI\nin words",
+        "GMI",
+        "lost",
         "sensitivity",
         "W1",
         "W1, halves\nof texts",
         "product\n(bits)",
         "prefactor",
         "bound",
-        "lost",
         "holds",
     )
     body = [
         (
             row["attribute"],
-            str(row["n_texts"]),
+            number(row["gmi_words"]),
+            number(row["gmi"]),
+            spelled(row, "lost"),
             spelled(row, "sensitivity", 3),
             spelled(row, "w1"),
             number(row["w1_null"]),
             f"{row['product']:.3g}",
             f"{row['prefactor']:.3g}",
             f"{row['bound']:.3g}",
-            spelled(row, "lost"),
             "yes" if row["holds"] else "no",
         )
         for row in table.to_dicts()

@@ -14,6 +14,7 @@ from known import recordings
 from unisonde.data.item import Item
 from unisonde.measure import Interval
 from unisonde.study.decoding.bound import Sensitivity, bound, order, sensitivity, transport, wasserstein
+from unisonde.study.decoding.gmi import Loss
 
 RNG = np.random.default_rng(0)
 
@@ -34,6 +35,9 @@ def test_within_labels_the_distance_is_no_smaller() -> None:
     within, _ = transport(x, x.copy(), labels, 1 - labels, draws=3)  # the texts' labels are the wrong way round
     assert [within.value, within.low, within.high] == pytest.approx([math.hypot(10, 10)] * 3, rel=0.02)
     assert within.low <= within.high
+    # Halves of the texts are held against each other within labels too: not the ten units between them.
+    apart = transport(x, x.copy(), labels, labels, draws=3)[1]
+    assert apart < 0.3 < 1 < transport(x[labels == 0], x, draws=3)[0].value
     with pytest.raises(ValueError, match=r"one width; got \(60, 2\) and \(60, 1\)"):
         transport(x, x[:, :1])
 
@@ -61,9 +65,8 @@ def test_gradients_by_finite_differences(tmp_path_factory) -> None:
 def one(attribute: str, size: float, lost: float):
     x = RNG.normal(size=(30, 3))
     gradients = Sensitivity(np.full(30, size), np.full(30, 2 * size))
-    return bound(
-        attribute, gradients, x + np.array([1.0, 0, 0]), x, Interval(lost, lost - 0.1, lost + 0.1, 0.05, 0.95, 30), 1000, draws=3
-    )
+    words, heard, between = (Interval(value, value - 0.1, value + 0.1, 0.05, 0.95, 30) for value in (lost + 0.2, 0.2, lost))
+    return bound(attribute, gradients, x + np.array([1.0, 0, 0]), x, Loss(words, heard, between), 1000, draws=3)
 
 
 def test_the_product_and_its_bound() -> None:
@@ -74,7 +77,8 @@ def test_the_product_and_its_bound() -> None:
     assert row["bound"] == pytest.approx(row["prefactor"] * row["product"])
     assert one("pitch", 9.0, 0.3).table["prefactor"][0] == 1001  # the vocabulary is the cap
     assert not one("pitch", 1e-6, 0.3).table["holds"][0]
-    assert "a gradient norm is no Lipschitz constant" in found.sentence and "0.30 (0.20 to 0.40) bits" in found.sentence
+    assert "a gradient norm is no Lipschitz constant" in found.sentence and "0.30 (0.20 to 0.40) bits are lost" in found.sentence
+    assert "worth 0.50 (0.40 to 0.60) bits" in found.sentence and (row["gmi_words"], row["gmi"]) == (0.5, 0.2)
 
 
 def test_orders() -> None:

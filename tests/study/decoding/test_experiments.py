@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from html import unescape
 
@@ -13,6 +14,7 @@ from known import recordings
 
 from unisonde.data.item import Item
 from unisonde.measure import Interval
+from unisonde.report.decoding import draw
 from unisonde.study.decoding import experiments
 from unisonde.study.decoding.experiments import decode
 
@@ -59,6 +61,16 @@ def test_tables_and_sentences(model, tmp_path, name, rows) -> None:
     [only] = told["findings"]
     assert only["sentence"] == found.sentence and only["seconds"] >= 0 and only["folds"] == 2 and told["items"] == 8
     assert only["attribute"] == found.attribute == ("" if name == "directions" else "speaker")
+    drawn = draw(tmp_path / "d", name)
+    assert drawn == [tmp_path / "d" / f"{name}.pdf", tmp_path / "d" / f"{name}.png"] and all(path.stat().st_size for path in drawn)
+
+
+def test_without_matplotlib_the_table_stands(model, tmp_path, monkeypatch) -> None:
+    decode("gmi", model, given(tmp_path))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'unisonde\[report\]'"):
+        draw(tmp_path, "gmi")
+    assert (tmp_path / "gmi.parquet").is_file()
 
 
 def test_attributes_and_experiments_side_by_side_in_a_report(model, tmp_path) -> None:
@@ -80,6 +92,25 @@ def test_attributes_and_experiments_side_by_side_in_a_report(model, tmp_path) ->
     assert all(finding["sentence"] in unescape(html) for name in held.told for finding in held.findings(name))
     with pytest.raises(ValueError, match="items = 12 where 8 is asked for; name another folder"):
         decode("gmi", model, given(folder))
+
+
+def test_what_is_lost_is_held_against_the_labels_in_words(model, tmp_path, monkeypatch) -> None:
+    seen = {}
+    real = experiments.collect_scores
+
+    def collect_scores(model, items, answers, out, progress):
+        seen[out.name] = items
+        return real(model, items, answers, out, progress)
+
+    monkeypatch.setattr(experiments, "collect_scores", collect_scores)
+    [found, _] = decode("bound", model, given(tmp_path / "d", items=with_parity(8), attributes=("speaker", "parity")))
+    told = seen["scores-in-words-speaker"]
+    assert {item.modality for item in told} == {"text"} and {item.modality for item in seen["scores-speaker"]} == {"audio"}
+    question = "What is the speaker? Answer with one of: ann, bob."
+    assert [told[k].prompt for k in (0, 7)] == [f"The speaker is ann.\n{question}", f"bob is the speaker.\n{question}"]
+    assert seen["scores-speaker"][1].prompt == question
+    row = found.table.row(0, named=True)
+    assert row["lost"] == pytest.approx(row["gmi_words"] - row["gmi"]) and row["n_texts"] == 8
 
 
 def test_an_order_takes_three_attributes(model, tmp_path) -> None:

@@ -12,7 +12,7 @@ from known import balanced, folder_of, recordings
 from unisonde.measure import gmi as one_number
 from unisonde.measure.gmi import best_tilt
 from unisonde.study.decoding.features import Hook, collect
-from unisonde.study.decoding.gmi import Scores, collect_scores, gmi, held_out
+from unisonde.study.decoding.gmi import Scores, collect_scores, gmi, held_out, lost
 from unisonde.study.decoding.splits import Split, splits
 
 N, ANSWERS = 120, ("no.", "yes.")
@@ -109,6 +109,21 @@ def test_a_binary_symmetric_channel() -> None:
         scores = np.log(np.where(seen[:, None] == np.arange(2), 1 - believed, believed))
         bits = held_out(scores, labels, splits(labels, folds=4)).bits
         assert abs(bits.mean() - exact) < 3 * bits.std() / math.sqrt(n) < 0.1
+
+
+def test_what_is_lost_between_words_and_sounds(tmp_path) -> None:
+    features, heard, labels = made(tmp_path, along=0.0)
+    sure = log_softmax(9.0 * np.eye(2)[labels])
+    told = Scores(np.stack([sure, sure, sure], 1), ANSWERS, heard.items, "as words")
+    found = lost(features, heard, told, "male", group="group", folds=3, draws=99)
+    assert found.words.value > 0.99 and abs(found.modal.value) < 0.05
+    assert found.lost.value == pytest.approx(found.words.value - found.modal.value)
+    assert found.lost.low > 0.9 and found.words.n == N
+    swapped = lost(features, Scores(told.values, ANSWERS, told.items, heard.digest), heard, "male", folds=3, draws=99)
+    assert swapped.lost.value == pytest.approx(-found.lost.value, abs=0.05)
+    other = Scores(told.values, ANSWERS, told.items[::-1], "as words")
+    with pytest.raises(ValueError, match="the scores in words are of other items or answers"):
+        lost(features, heard, other, "male")
 
 
 def test_what_does_not_fit(tmp_path) -> None:

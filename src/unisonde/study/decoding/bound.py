@@ -2,10 +2,11 @@
 
     |GMI_M - GMI_T|  <=  (1 + exp(L D)) L E[W1(P_M(Z | C, Y), P_T(Z | C, Y))]
 
-The space is that of one vector an item: the mean of what the decoder gets from the adapter, or of a text's embeddings. A step in
-it moves all features of the item by one vector, so the sensitivity is the norm of the sum over positions of the gradient of log
-q(right answer). W1 is the exact Euclidean transport distance of samples of equal size, within each label where the texts have the
-label too.
+The texts are the items' labels in words, so that GMI_T and P_T are of the same items, and their difference is what is lost where an
+attribute is heard or seen and not told. The space is that of one vector an item: the mean of what the decoder gets from the adapter,
+or of a text's embeddings. A step in it moves all features of the item by one vector, so the sensitivity is the norm of the sum over
+positions of the gradient of log q(right answer). W1 is the exact Euclidean transport distance of samples of equal size, within each
+label.
 
 What it is not: the largest or mean norm of a gradient at some points is no Lipschitz constant, which is a supremum over all of
 them, so the number called a bound here is a heuristic and may be exceeded. D is the largest distance in the samples; the
@@ -30,6 +31,7 @@ from unisonde.measure import Interval
 from unisonde.measure.estimate import p_value
 from unisonde.models.bridged import Bridged
 from unisonde.study.decoding.finding import Finding, interval, said, ticking
+from unisonde.study.decoding.gmi import Loss
 
 CAVEAT = "a gradient norm is no Lipschitz constant, so this is a heuristic and no guarantee"
 
@@ -94,8 +96,8 @@ def transport(
     draws: int = 20,
     seed: int = 0,
 ) -> tuple[Interval, float]:
-    """W1 of modal vectors (n, d) and those of texts (m, d), within each label if both have labels, and W1 between halves of the
-    texts.
+    """W1 of modal vectors (n, d) and those of texts (m, d), and W1 between random halves of the texts; within each label if both have
+    labels.
 
     The interval has the percentiles of W1 on random halves of both.
 
@@ -105,23 +107,25 @@ def transport(
     if modal.ndim != 2 or text.ndim != 2 or modal.shape[1] != text.shape[1] or min(len(modal), len(text)) < 4:
         raise ValueError(f"W1 takes 4 vectors or more of one width; got {modal.shape} and {text.shape}")
     rng = np.random.default_rng(seed)
+    if labels is None or text_labels is None:
+        labels, text_labels = np.zeros(len(modal)), np.zeros(len(text))
 
-    def distance(rows: np.ndarray, text_rows: np.ndarray) -> float:
-        if labels is None or text_labels is None:
-            return wasserstein(modal[rows], text[text_rows], seed)
-        parts = [(rows[labels[rows] == a], text_rows[text_labels[text_rows] == a]) for a in np.unique(labels[rows])]
-        known = [(len(i), wasserstein(modal[i], text[j], seed)) for i, j in parts if len(i) and len(j)]
+    def within(x: np.ndarray, of_x: np.ndarray, y: np.ndarray, of_y: np.ndarray) -> float:
+        parts = [(x[of_x == label], y[of_y == label]) for label in np.unique(of_x)]
+        known = [(len(a), wasserstein(a, b, seed)) for a, b in parts if len(a) and len(b)]
         return sum(n * w for n, w in known) / sum(n for n, _ in known) if known else math.nan
 
-    def half(n: int) -> np.ndarray:
-        return rng.permutation(n)[: n // 2]
+    def halves(n: int) -> tuple[np.ndarray, np.ndarray]:
+        order = rng.permutation(n)
+        return order[: n // 2], order[n // 2 :]
 
-    value = distance(np.arange(len(modal)), np.arange(len(text)))
-    drawn = np.array([distance(half(len(modal)), half(len(text))) for _ in range(draws)])
+    value = within(modal, labels, text, text_labels)
+    pairs = [(halves(len(modal))[0], halves(len(text))[0]) for _ in range(draws)]
+    drawn = np.array([within(modal[i], labels[i], text[j], text_labels[j]) for i, j in pairs])
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (math.nan, math.nan)
-    order = rng.permutation(len(text))
-    null = wasserstein(text[order[: len(text) // 2]], text[order[len(text) // 2 :]], seed)
+    one, other = halves(len(text))
+    null = within(text[one], text_labels[one], text[other], text_labels[other])
     return Interval(value, float(low), float(high), float(drawn.std()) if len(drawn) else math.nan, 0.95, len(modal)), null
 
 
@@ -130,7 +134,7 @@ def bound(
     gradients: Sensitivity,
     modal: np.ndarray,
     text: np.ndarray,
-    lost: Interval,
+    losses: Loss,
     vocabulary: int,
     *,
     labels: np.ndarray | None = None,
@@ -143,12 +147,12 @@ def bound(
     Args:
         gradients: at the right answers of this attribute.
         modal, text: (n, d), (m, d) at the decoder's layer 0.
-        lost: GMI that texts have and sounds or pictures have not, or another measured loss, in bits.
+        losses: GMI in words, of sounds or pictures, and their difference.
         vocabulary: tokens of the decoder.
 
     Returns:
         A table of one row: `sensitivity` (mean) with its interval, `sensitivity_p95`, `w1` with its interval, `w1_null`,
-        `product` in bits, `prefactor`, `bound` in bits, `lost` with its interval, `holds`.
+        `product` in bits, `prefactor`, `bound` in bits, `gmi_words`, `gmi`, `lost` with its interval, `holds`.
     """
     mean = interval(gradients.shift, draws=500, seed=seed)
     distance, null = transport(modal, text, labels, text_labels, draws, seed)
@@ -160,10 +164,13 @@ def bound(
     row |= {"sensitivity_p95": float(np.quantile(gradients.shift, 0.95)), "sensitivity_whole": float(gradients.whole.mean())}
     row |= {"w1": distance.value, "w1_low": distance.low, "w1_high": distance.high, "w1_null": null, "diameter": largest}
     row |= {"product": product, "prefactor": prefactor, "bound": prefactor * product}
+    lost = losses.lost
+    row |= {"gmi_words": losses.words.value, "gmi": losses.modal.value}
     row |= {"lost": lost.value, "lost_low": lost.low, "lost_high": lost.high, "holds": abs(lost.value) <= prefactor * product}
     sentence = (
-        f"For {attribute}, sensitivity {mean.value:.3g} nats a unit times W1 {distance.value:.3g} is {product:.3g} bits and with its "
-        f"prefactor {prefactor * product:.3g}, where {said(lost)} bits of GMI are lost; {CAVEAT}."
+        f"Told in words, {attribute} is worth {said(losses.words)} bits of GMI to the decoder, and {said(losses.modal)} from the "
+        f"adapter: {said(lost)} bits are lost. Sensitivity {mean.value:.3g} nats a unit times W1 {distance.value:.3g} is "
+        f"{product:.3g} bits, with its prefactor {prefactor * product:.3g}; {CAVEAT}."
     )
     return Finding(pl.DataFrame([row]), sentence, lost)
 

@@ -2,6 +2,7 @@
 
     OUT/
       features/, asked-ATTRIBUTE/, texts/    runs of features: of the items, of the items with a question, of texts
+      in-words-ATTRIBUTE/                    of the items' labels in words
       scores-ATTRIBUTE/, ...                 finished steps, from which a killed call goes on
       NAME.parquet, NAME.json                the table of an experiment; its sentences, and what was asked (`results`)
 
@@ -30,10 +31,13 @@ from unisonde.study.decoding.bound import bound, order, sensitivity
 from unisonde.study.decoding.directions import compare_layers, directions
 from unisonde.study.decoding.features import Features, Hook, collect, labels_of
 from unisonde.study.decoding.finding import Finding
-from unisonde.study.decoding.gmi import Scores, collect_scores, gmi, unused
+from unisonde.study.decoding.gmi import Scores, collect_scores, gmi, lost
 from unisonde.study.decoding.lora import Objective, Question, lora
 from unisonde.study.decoding.probes import probes
 from unisonde.study.decoding.splits import splits
+
+PHRASES = ("The {0} is {1}.", "{0}: {1}.", "{1} is the {0}.", "Its {0} is {1}.", "There is a {0} here, and it is {1}.")
+"""How an attribute is put into words, in turn."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,30 @@ class Setting:
     def scored(self, attribute: str) -> tuple[Features, Scores]:
         """Features and scores of the items with that question."""
         items = self.asked(attribute)
-        found = collect(self.model, items, self.out / f"asked-{attribute}", name=self.name, progress=self.progress)
+        found = self._whole(items, f"asked-{attribute}")
+        return found, collect_scores(self.model, items, self.answers(attribute), self.out / f"scores-{attribute}", self.progress)
+
+    def in_words(self, attribute: str) -> list[Item]:
+        """The items with an attribute in words in place of their sound or picture."""
+        said = [PHRASES[k % len(PHRASES)].format(attribute, self.label(item, attribute)) for k, item in enumerate(self.items)]
+        return [replace(item, prompt=words, audio=None, image=None) for item, words in zip(self.items, said, strict=True)]
+
+    def scored_in_words(self, attribute: str) -> tuple[Features, Scores]:
+        """Features of these words, and scores of the answers to the question after them."""
+        items = self.in_words(attribute)
+        found = self._whole(items, f"in-words-{attribute}")
+        pairs = zip(items, self.asked(attribute), strict=True)
+        items = [replace(item, prompt=f"{item.prompt}\n{asked.prompt}") for item, asked in pairs]
+        kept = self.out / f"scores-in-words-{attribute}"
+        return found, collect_scores(self.model, items, self.answers(attribute), kept, self.progress)
+
+    def _whole(self, items: Sequence[Item], folder: str) -> Features:
+        """Features of items of which none may fail."""
+        found = collect(self.model, items, self.out / folder, name=self.name, progress=self.progress)
         if len(found) < len(items):
             failed = found.run.items().drop_nulls("error").row(0, named=True)
             raise ValueError(f"item {failed['item']!r} could not be taken ({failed['error']}); leave it out")
-        return found, collect_scores(self.model, items, self.answers(attribute), self.out / f"scores-{attribute}", self.progress)
+        return found
 
     def halves(self, attribute: str) -> tuple[list[int], list[int]]:
         """Numbers of items to take directions from, and of others to judge by; groups stay together."""
@@ -182,10 +205,26 @@ def _bound(given: Setting) -> list[Finding]:
     vocabulary = given.model.language_model.get_input_embeddings().num_embeddings
     for attribute in given.attributes:
         features, scores = given.scored(attribute)
-        lost = unused(features, scores, attribute, group=_unless(given.group, attribute), folds=given.folds, seed=given.seed)
+        words, in_words = given.scored_in_words(attribute)
+        losses = lost(
+            features, scores, in_words, attribute, group=_unless(given.group, attribute), folds=given.folds, seed=given.seed
+        )
         right = [f"{given.label(item, attribute)}." for item in given.items]
         gradients = sensitivity(given.model, given.asked(attribute), right, given.progress)
-        found.append(bound(attribute, gradients, features.at(place), given.of_texts.at(place), lost, vocabulary, seed=given.seed))
+        labels = features.labels(attribute)
+        found.append(
+            bound(
+                attribute,
+                gradients,
+                features.at(place),
+                words.at(place),
+                losses,
+                vocabulary,
+                labels=labels,
+                text_labels=labels,
+                seed=given.seed,
+            )
+        )
     return found
 
 

@@ -32,7 +32,7 @@ from unisonde.data.item import Item
 from unisonde.measure import Interval
 from unisonde.measure.gmi import best_tilt, information
 from unisonde.models.bridged import Bridged
-from unisonde.study.decoding.features import ADAPTER_OUT, Features, Hook
+from unisonde.study.decoding.features import Features, Hook
 from unisonde.study.decoding.finding import Finding, Steps, interval, said, ticking
 from unisonde.study.decoding.probes import predict
 from unisonde.study.decoding.splits import Split, splits
@@ -170,25 +170,44 @@ def gmi(
     return Finding(table, *_sentence(table.row(-1, named=True), last=places[-1] == count - 1))
 
 
-def unused(
+@dataclass(frozen=True)
+class Loss:
+    """GMI of a model's scores about one attribute, in bits: told in words, heard or seen, and the difference, item by item."""
+
+    words: Interval
+    modal: Interval
+    lost: Interval
+
+
+def lost(
     features: Features,
     scores: Scores,
+    in_words: Scores,
     attribute: str,
     answer_of: dict[str, str] | None = None,
     group: str | None = None,
     *,
-    hook: Hook = ADAPTER_OUT,
     folds: int = 5,
     draws: int = 1000,
     seed: int = 0,
-) -> Interval:
-    """What a probe finds at one place, by default at the adapter's output, less the GMI of the model itself, in bits."""
+) -> Loss:
+    """What the model's own scores lose where an attribute is heard or seen and not told in words.
+
+    Args:
+        features: of the items that were scored.
+        in_words: scores of the same answers to the same items, described in words in place of sound or picture.
+
+    Raises:
+        ValueError: as in `gmi`, or `in_words` is of other items or answers.
+    """
     rows = _aligned(features, scores)
+    if in_words.items != scores.items or in_words.answers != scores.answers:
+        raise ValueError("the scores in words are of other items or answers; score the same answers to the same items")
     labels = _numbered(features.labels(attribute), scores.answers, answer_of, attribute)
     groups = features.groups(group)
     outer = splits(labels, groups, folds, seed)
-    there = predict(features.at(hook), labels, outer, groups, seed=seed).bits
-    return interval(there - held_out(scores.values[rows, -1], labels, outer).bits, groups, draws, seed)
+    told, modal = (held_out(one.values[rows, -1], labels, outer).bits for one in (in_words, scores))
+    return Loss(*(interval(bits, groups, draws, seed) for bits in (told, modal, told - modal)))
 
 
 def _aligned(features: Features, scores: Scores) -> list[int]:
