@@ -335,12 +335,14 @@ class Bridged(Model):
         """
         if len(items) != len(responses):
             raise ValueError(f"there are {len(items)} items and {len(responses)} responses; give one response to each item")
-        losses = []
-        for item, response in zip(items, responses, strict=True):
-            ids = self.tokens_of(response)
-            logits = self._read(self.embed(self.prepare(item, len(ids)), ids), len(ids) + 1)
-            losses.append(F.cross_entropy(logits[0, :-1].float(), torch.tensor(ids, device=self.device)))
-        return torch.stack(losses)
+        pairs = zip(items, responses, strict=True)
+        return torch.stack([self.loss_of(self.prepare(item, len(self.tokens_of(said))), said) for item, said in pairs])
+
+    def loss_of(self, prompted: Prompted, response: str) -> Tensor:
+        """`response_loss` of one item that is prepared: a scalar."""
+        ids = self.tokens_of(response)
+        logits = self._read(self.embed(prompted, ids), len(ids) + 1)
+        return F.cross_entropy(logits[0, :-1].float(), torch.tensor(ids, device=self.device))
 
     def answer_scores(self, items: Sequence[Item], answers: Sequence[str], layers: bool = False) -> Tensor:
         """The decoder's log-probability, in nats, that its response begins with each answer: (N, K).

@@ -120,6 +120,16 @@ def test_without_answers_there_is_loss_alone(model) -> None:
     assert table["accuracy"].null_count() == len(table) == 7 and table["loss"].is_finite().all()
 
 
+def test_without_responses_the_right_answer_is_the_response(model) -> None:
+    found = made([3.0, 2.0], [True, False], width=model.language_model.config.hidden_size)
+    items, answers, labels = recordings(3), ["ann.", "bob is here."], [0, 1, 0]
+    table = ablate(model, items, None, found, answers=answers, labels=labels, draws=0, resamples=20, progress=False).table
+    by_hand = model.response_loss(items, [answers[label] for label in labels]).mean().item()
+    assert table["loss"][0] == pytest.approx(by_hand, rel=1e-5) and table["accuracy"].null_count() == 0
+    with pytest.raises(ValueError, match="nothing to score; give responses, or answers with labels"):
+        ablate(model, items, None, found, progress=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from unisonde.measure import Interval
-from unisonde.study.decoding.finding import Steps, interval, said
+from unisonde.study.decoding.finding import Steps, interval, said, side_by_side
 
 
 def test_groups_are_drawn_whole() -> None:
@@ -55,3 +58,18 @@ def test_a_step_that_fails_leaves_nothing(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError):
         steps.table("one", lambda: pl.DataFrame({"x": [1]}))
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["settings.json"]
+
+
+def test_items_side_by_side_come_in_order() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        threads = side_by_side(lambda k: (k, torch.get_num_threads(), threading.get_ident()), range(9), torch.device("cpu"))
+        assert [k for k, _, _ in threads] == list(range(9)) and {count for _, count, _ in threads} == {1}
+        assert threading.get_ident() not in {thread for _, _, thread in threads} and torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        assert {thread for _, thread in side_by_side(lambda k: (k, threading.get_ident()), range(3), torch.device("cpu"))} == {
+            threading.get_ident()
+        }
+    finally:
+        torch.set_num_threads(before)

@@ -17,7 +17,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from torch import Tensor
 from unisonde.data.catalogue import data_digest
 from unisonde.data.item import Item
 from unisonde.measure import Interval, paired_permutation
-from unisonde.models.bridged import Bridged
+from unisonde.models.bridged import Bridged, Prompted
 from unisonde.study.decoding.directions import Directions
-from unisonde.study.decoding.finding import Finding, Steps, interval, said, ticking
+from unisonde.study.decoding.finding import Finding, Steps, interval, said, side_by_side, ticking
 
 WHOLE = "whole"
 CENTRINGS = ("raw", "recentred")
@@ -100,18 +100,18 @@ def matched(variances: np.ndarray, among: np.ndarray, wanted: float) -> np.ndarr
     return np.array(sorted(taken), dtype=int)
 
 
-def removal(vectors: np.ndarray, mean: np.ndarray | None = None) -> Callable[[Tensor], Tensor]:
-    """An edit of features (1, n, d) that removes the span of orthonormal rows (k, d); with a mean (d,), about it.
+def removal(vectors: np.ndarray, mean: np.ndarray | None = None, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
+    """An edit of features (1, n, d) on a device that removes the span of orthonormal rows (k, d); with a mean (d,), about it.
 
     It is computed in float32 at least.
     """
-    span = torch.as_tensor(np.ascontiguousarray(vectors))
-    centre = torch.zeros(vectors.shape[1]) if mean is None else torch.as_tensor(mean)
+    span = torch.as_tensor(np.ascontiguousarray(vectors)).to(device)
+    centre = torch.zeros(vectors.shape[1], device=device) if mean is None else torch.as_tensor(mean).to(device)
 
     def edit(features: Tensor) -> Tensor:
         kind = torch.promote_types(features.dtype, torch.float32)
-        basis, held = span.to(features.device, kind), features.to(kind)
-        along = (held - centre.to(features.device, kind)) @ basis.T
+        basis, held = span.to(kind), features.to(kind)
+        along = (held - centre.to(kind)) @ basis.T
         return (held - along @ basis).to(features.dtype)
 
     return edit
@@ -120,7 +120,7 @@ def removal(vectors: np.ndarray, mean: np.ndarray | None = None) -> Callable[[Te
 def ablate(
     model: Bridged,
     items: Sequence[Item],
-    responses: Sequence[str],
+    responses: Sequence[str] | None,
     found: Directions,
     *,
     answers: Sequence[str] | None = None,
@@ -137,7 +137,7 @@ def ablate(
 
     Args:
         items: with sound or picture; their prompts ask for the response.
-        responses: one an item, what the model should say.
+        responses: one an item, what the model should say; None for the right one of the answers to the question.
         found: directions at the adapter's output, taken on other items than these.
         answers: a closed set of answers, for the task's accuracy, with `labels`, the number of each item's right one. None: loss
             alone.
@@ -157,14 +157,22 @@ def ablate(
     asked = items if asked is None else asked
     _check(items, responses, asked, answers, labels)
     listed = conditions(found, draws, seed)
-    settings = {"model": model.identity(), "items": data_digest(items), "asked": data_digest(asked), "responses": list(responses)}
+    settings = {"model": model.identity(), "items": data_digest(items), "asked": data_digest(asked)}
+    settings |= {"responses": None if responses is None else list(responses)}
     settings |= {"answers": list(answers or []), "labels": [int(label) for label in labels] if labels is not None else []}
     settings |= {"directions": _digest(found), "draws": draws, "seed": seed}
     steps = Steps(out, {"experiment": "ablate"} | settings)
-    scored = {
-        c: steps.table(c.step, partial(_scored, model, items, responses, found, c, asked, answers, labels))
-        for c in ticking(listed, "ablation", progress)
-    }
+
+    @cache
+    def tasks() -> list[_Task]:  # encoder and adapter run once, and not at all if every condition was kept
+        said = [None] * len(items) if responses is None else responses
+        numbers = [None] * len(items) if labels is None else labels
+        return [_task(model, *one, answers) for one in zip(items, said, asked, numbers, strict=True)]
+
+    def score(condition: Condition) -> pl.DataFrame:
+        return _scored(model, tasks(), found, condition, answers)
+
+    scored = {c: steps.table(c.step, partial(score, c)) for c in ticking(listed, "ablation", progress)}
     whole = scored[listed[0]]
     rows = []
     for c, own in scored.items():
@@ -183,13 +191,15 @@ def ablate(
 
 def _check(
     items: Sequence[Item],
-    responses: Sequence[str],
+    responses: Sequence[str] | None,
     asked: Sequence[Item],
     answers: Sequence[str] | None,
     labels: Sequence[int] | None,
 ) -> None:
-    if not items or len(items) != len(responses):
-        raise ValueError(f"there are {len(items)} items and {len(responses)} responses; give one response to each item")
+    if not items or (responses is not None and len(items) != len(responses)):
+        raise ValueError(f"there are {len(items)} items and {len(responses or ())} responses; give one response to each item")
+    if responses is None and answers is None:
+        raise ValueError("there is nothing to score; give responses, or answers with labels")
     if text := [item.id for item in items if item.modality == "text"]:
         raise ValueError(f"item {text[0]!r} has neither sound nor picture, so the adapter hands on nothing to remove from")
     if [item.id for item in asked] != [item.id for item in items]:
@@ -208,26 +218,46 @@ def _digest(found: Directions) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What is scored of an item: the loss of a response, whether the right answer is the likeliest, or both."""
+
+    item: str
+    prompted: Prompted | None
+    response: str
+    asked: Prompted | None
+    label: int
+
+
+def _task(model: Bridged, item: Item, said: str | None, asked: Item, label: int | None, answers: Sequence[str] | None) -> _Task:
+    prompted = question = None
+    if said is not None:
+        prompted = model.ahead(model.prepare(item, len(model.tokens_of(said))))
+    if answers is not None:
+        question = model.ahead(model.prepare(asked, max(len(model.tokens_of(answer)) for answer in answers)))
+    return _Task(item.id, prompted, said or "", question, -1 if label is None else label)
+
+
 def _scored(
-    model: Bridged,
-    items: Sequence[Item],
-    responses: Sequence[str],
-    found: Directions,
-    condition: Condition,
-    asked: Sequence[Item],
-    answers: Sequence[str] | None,
-    labels: Sequence[int] | None,
+    model: Bridged, tasks: Sequence[_Task], found: Directions, condition: Condition, answers: Sequence[str] | None
 ) -> pl.DataFrame:
     """Loss and hit of each item under one condition."""
     vectors = found.vectors[list(condition.modes)]
-    edit = removal(vectors, found.mean if condition.centring == "recentred" else None)
-    hits: list[float | None] = [None] * len(items)
-    with torch.inference_mode(), model.edited(edit):
-        losses = [float(model.response_loss([item], [said])) for item, said in zip(items, responses, strict=True)]
-        if answers is not None and labels is not None:
-            best = [int(model.answer_scores([item], answers)[0].argmax()) for item in asked]
-            hits = [float(one == label) for one, label in zip(best, labels, strict=True)]
-    held = {"item": [item.id for item in items], "loss": losses, "hit": hits}
+    edit = removal(vectors, found.mean if condition.centring == "recentred" else None, model.device)
+
+    @torch.inference_mode()
+    def score(task: _Task) -> tuple[float | None, float | None]:
+        loss = None if task.prompted is None else model.loss_of(task.prompted, task.response)
+        if task.asked is None or answers is None:
+            return float(loss), None
+        scores = model.scores_of(task.asked, answers)
+        if loss is None:
+            loss = -scores[task.label] / len(model.tokens_of(answers[task.label]))
+        return float(loss), float(int(scores.argmax()) == task.label)
+
+    with model.edited(edit):
+        rows = side_by_side(score, tasks, model.device)
+    held = {"item": [task.item for task in tasks], "loss": [loss for loss, _ in rows], "hit": [hit for _, hit in rows]}
     return pl.DataFrame(held, schema={"item": pl.String, "loss": pl.Float64, "hit": pl.Float64})
 
 

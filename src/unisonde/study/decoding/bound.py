@@ -18,20 +18,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 
 from unisonde.data.item import Item
 from unisonde.measure import Interval
 from unisonde.measure.estimate import p_value
 from unisonde.models.bridged import Bridged
-from unisonde.study.decoding.finding import Finding, interval, said, ticking
+from unisonde.study.decoding.finding import Finding, interval, said, side_by_side, ticking
 from unisonde.study.decoding.gmi import Loss
+
+CHUNK = 16
+"""Items between two ticks of progress."""
 
 CAVEAT = "a gradient norm is no Lipschitz constant, so this is a heuristic and no guarantee"
 
@@ -57,23 +59,24 @@ def sensitivity(model: Bridged, items: Sequence[Item], answers: Sequence[str], p
     """
     if len(items) != len(answers) or not items:
         raise ValueError(f"there are {len(items)} items and {len(answers)} answers; give one answer to each item")
-    shift, whole = [], []
-    for item, answer in ticking(list(zip(items, answers, strict=True)), "sensitivity", progress):
-        held: list[Tensor] = []
 
-        def leaf(features: Tensor, held: list[Tensor] = held) -> Tensor:
-            held.append(features.detach().clone().requires_grad_())
-            return held[-1]
-
-        with torch.enable_grad(), model.edited(leaf):
-            loss = model.response_loss([item], [answer]).sum() * len(model.tokens_of(answer))
-            if not held:
-                raise ValueError(f"item {item.id!r} has neither sound nor picture, so the adapter hands on nothing")
-            [gradient] = torch.autograd.grad(loss, held)
+    def norms(pair: tuple[Item, str]) -> tuple[float, float]:
+        item, answer = pair
+        count = len(model.tokens_of(answer))
+        prompted = model.ahead(model.prepare(item, count))
+        if prompted.features is None:
+            raise ValueError(f"item {item.id!r} has neither sound nor picture, so the adapter hands on nothing")
+        with torch.enable_grad():
+            features = prompted.features.detach().clone().requires_grad_()
+            loss = model.loss_of(replace(prompted, features=features), answer) * count
+            [gradient] = torch.autograd.grad(loss, features)
         gradient = gradient.double()[0]
-        shift.append(float(gradient.sum(0).norm()))
-        whole.append(float(gradient.norm()))
-    return Sensitivity(np.array(shift), np.array(whole))
+        return float(gradient.sum(0).norm()), float(gradient.norm())
+
+    pairs = list(zip(items, answers, strict=True))
+    chunks = ticking([pairs[k : k + CHUNK] for k in range(0, len(pairs), CHUNK)], "sensitivity", progress)
+    found = np.array([row for chunk in chunks for row in side_by_side(norms, chunk, model.device)])
+    return Sensitivity(found[:, 0], found[:, 1])
 
 
 def wasserstein(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:

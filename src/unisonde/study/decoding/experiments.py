@@ -165,12 +165,12 @@ def _ablated(given: Setting, attribute: str) -> Finding:
     rows = {name: row for row, name in enumerate(given.features.table["item"])}
     known = [rows[given.items[k].id] for k in fitted if given.items[k].id in rows]
     found = directions(given.features.at(place)[known], given.of_texts.at(place))
-    said = given.response or attribute
+    said = given.response
     answers, asked = given.answers(attribute), given.asked(attribute)
     made = ablate(
         given.model,
         [given.items[k] for k in judged],
-        [given.label(given.items[k], said) for k in judged],
+        None if said is None else [given.label(given.items[k], said) for k in judged],
         found,
         answers=answers,
         asked=[asked[k] for k in judged],
@@ -181,7 +181,7 @@ def _ablated(given: Setting, attribute: str) -> Finding:
         out=given.out / f"ablate-{attribute}",
         progress=given.progress,
     )
-    about = {"attribute": attribute, "response": said, "answers": len(answers)}
+    about = {"attribute": attribute, "response": said or attribute, "answers": len(answers)}
     return replace(made, table=made.table.select(*(pl.lit(value).alias(name) for name, value in about.items()), pl.all()))
 
 

@@ -234,7 +234,7 @@ def _part(
             vectors = _Vectors(item)
             [flags] = model.show([item], Trace(vectors), truncate)
             row |= {"flags": ",".join(flags), "n_prompt": vectors.positions}
-            rows.append({"item": item.id} | {LABEL + name: held.get(name) for name in names} | vectors.taken)
+            rows.append({"item": item.id} | {LABEL + name: held.get(name) for name in names} | vectors.read())
         except Exception as error:  # one item that fails is recorded, and the others go on
             row["error"] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         part.items.append(row | {"seconds": time.monotonic() - began})
@@ -250,22 +250,31 @@ def _column(name: str, values: list[Any]) -> pl.Series:
 
 
 class _Vectors:
-    """Observes the states of one item and keeps one vector a hook."""
+    """Observes the states of one item and keeps one vector a hook, where the states are."""
 
     def __init__(self, item: Item) -> None:
         self.item = item
-        self.taken: dict[str, np.ndarray] = {}
+        self.taken: dict[Hook, torch.Tensor] = {}
         self.positions = 0
         """Of the decoder over which the mean was taken."""
 
     def __call__(self, seen: LayerStates) -> None:
         held = seen.select("prompt", Reading(), self.item.modality)
-        self._keep(Hook(seen.stack, seen.layer), held.double().mean(0))
+        self.taken[Hook(seen.stack, seen.layer)] = held.double().mean(0).float()
         if seen.stack == "llm":
             self.positions = len(held)
-            self._keep(Hook(seen.stack, seen.layer, "last"), seen.states[-1])
+            self.taken[Hook(seen.stack, seen.layer, "last")] = seen.states[-1].float()
 
-    def _keep(self, hook: Hook, vector: torch.Tensor) -> None:
-        if not bool(torch.isfinite(vector).all()):
-            raise ValueError(f"the states of item {self.item.id!r} at {hook.column} are not finite")
-        self.taken[hook.column] = vector.float().cpu().numpy().copy()
+    def read(self) -> dict[str, np.ndarray]:
+        """By column: all vectors of one width leave their device together."""
+        widths: dict[int, list[Hook]] = {}
+        for hook, vector in self.taken.items():
+            widths.setdefault(len(vector), []).append(hook)
+        together = [torch.stack([self.taken[hook] for hook in hooks]).cpu().numpy() for hooks in widths.values()]
+        found = {
+            hook: row for hooks, rows in zip(widths.values(), together, strict=True) for hook, row in zip(hooks, rows, strict=True)
+        }
+        for hook in self.taken:
+            if not np.isfinite(found[hook]).all():
+                raise ValueError(f"the states of item {self.item.id!r} at {hook.column} are not finite")
+        return {hook.column: found[hook] for hook in self.taken}
