@@ -39,6 +39,9 @@ from unisonde.models.parts.segments import spans_of
 from unisonde.models.parts.text import cut_to_window, pad, write_text
 from unisonde.models.trace import Kind, Modality, Row, Span, Stack, Trace, hooked
 
+LENS_ROWS = 256
+"""States that the logit lens reads at once: enough to keep a processor busy, few enough for their logits to fit."""
+
 SHOWN = {"audio": "recordings", "image": "pictures"}
 
 
@@ -377,8 +380,8 @@ class Bridged(Model):
 
     def _scores(self, prompted: Prompted, tails: Sequence[list[int]], layers: bool) -> Tensor:
         """(K,), or (L + 2, K). The prompt runs once; the answers go on from its keys and values, side by side."""
-        padded, mask = pad(tails, self.pad_id, "right")
-        ids, there = padded.to(self.device), mask.to(self.device).bool()
+        padded, _ = pad(tails, self.pad_id, "right")
+        ids = padded.to(self.device)
         states: dict[int, list[Tensor]] = defaultdict(list)
 
         def keep(layer: int, output: Tensor) -> None:
@@ -393,21 +396,41 @@ class Bridged(Model):
                 logits.append(
                     self.language_model(inputs_embeds=self._words(ids[:, :-1]), past_key_values=cache, use_cache=True).logits
                 )
-        rows = []
+        said = _Said.of(tails, self.device)
+        own = said.sums(said.reading(logits)[None])
+        if not layers:
+            return own[0]
         head, norm = self.language_model.get_output_embeddings(), self.llm.norm or nn.Identity()
-        if layers:
-            rows = [_sums([head(norm(h)) for h in states[layer]], ids, there) for layer in range(self.llm.depth + 1)]
-        rows.append(_sums(logits, ids, there))
-        return torch.stack(rows) if layers else rows[0]
+        read = torch.stack([said.reading(states[layer]) for layer in range(self.llm.depth + 1)])
+        several = read.split(max(1, LENS_ROWS // read.shape[1]))
+        return torch.cat([*(said.sums(head(norm(some))) for some in several), own])
 
 
-def _sums(logits: Sequence[Tensor], ids: Tensor, there: Tensor) -> Tensor:
-    """Summed log-probabilities (K,) of answers (K, T): logits (1, 1, V) of their first tokens, (K, T - 1, V) of the others if any."""
-    total = logits[0][0, 0].float().log_softmax(-1)[ids[:, 0]]
-    for rest in logits[1:]:
-        each = rest.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        total = total + each.masked_fill(~there[:, 1:], 0).sum(1)
-    return total
+@dataclass(frozen=True)
+class _Said:
+    """The tokens of K answers: the first of each, (K,); of the m others their answer, their place after the first, themselves, (m,)."""
+
+    first: Tensor
+    answer: Tensor
+    place: Tensor
+    token: Tensor
+
+    @classmethod
+    def of(cls, tails: Sequence[list[int]], device: torch.device) -> _Said:
+        others = [(k, place, token) for k, tail in enumerate(tails) for place, token in enumerate(tail[1:])]
+        columns = torch.tensor(others, dtype=torch.long).reshape(-1, 3).T.to(device)
+        return cls(torch.tensor([tail[0] for tail in tails], device=device), *columns)
+
+    def reading(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows from which tokens are read, (1 + m, d): the last of the prompt, (1, 1, d), then of the answers, (K, T - 1, d) if any."""
+        return torch.cat([parts[0][0], *(rest[self.answer, self.place] for rest in parts[1:])])
+
+    def sums(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of the answers, (l, K), from logits of those rows, (l, 1 + m, V)."""
+        logits = logits.float()
+        whole = logits.logsumexp(-1)
+        later = logits[:, 1:].gather(2, self.token[:, None].expand(len(logits), -1, 1))[..., 0] - whole[:, 1:]
+        return (logits[:, 0, self.first] - whole[:, :1]).index_add(1, self.answer, later)
 
 
 def with_features(
