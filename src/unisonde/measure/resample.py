@@ -7,6 +7,7 @@ one number an item. The resampling itself is scipy's.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,15 +73,17 @@ def bootstrap(
     def of_rows(rows: np.ndarray) -> float:
         return float(statistic(array[rows]) if array.ndim == 2 else statistic(array[rows], axis=0))
 
-    result = stats.bootstrap(
-        (np.arange(n),),
-        of_rows,
-        confidence_level=level,
-        n_resamples=draws,
-        vectorized=False,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    )
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # seen to below
+        result = stats.bootstrap(
+            (np.arange(n),),
+            of_rows,
+            confidence_level=level,
+            n_resamples=draws,
+            vectorized=False,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        )
     low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
     if math.isnan(low) or math.isnan(high):
         # A statistic that hardly moves has no acceleration; the percentiles still stand.

@@ -360,15 +360,20 @@ class Bridged(Model):
         Raises:
             ValueError: an item cannot be taken, there is no answer, one is empty, or one begins with another.
         """
-        tails = self._tails(answers)
+        tails = self.tokens_of_answers(answers)
         room = max(map(len, tails))
         return torch.stack([self._scores(self.prepare(item, room), tails, layers) for item in items])
 
     def scores_of(self, prompted: Prompted, answers: Sequence[str], layers: bool = False) -> Tensor:
         """`answer_scores` of one item that is prepared: (K,), or (L + 2, K)."""
-        return self._scores(prompted, self._tails(answers), layers)
+        return self._scores(prompted, self.tokens_of_answers(answers), layers)
 
-    def _tails(self, answers: Sequence[str]) -> list[list[int]]:
+    def tokens_of_answers(self, answers: Sequence[str]) -> list[list[int]]:
+        """The tokens of each of a closed set of answers.
+
+        Raises:
+            ValueError: there is no answer, one is empty, or one begins with another.
+        """
         if isinstance(answers, str) or not answers:
             raise ValueError(f"answers are a list of one or more texts, got {answers!r}")
         tails = [self.tokens_of(answer) for answer in answers]

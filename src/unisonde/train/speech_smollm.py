@@ -60,7 +60,7 @@ class Recipe:
     size: int = 16
     batches: int = 2
     sharpness: float = 20.0
-    spell: Schedule = field(default_factory=lambda: Schedule(steps=1200, rate=2e-3, warmup=50, weight_decay=0.01))
+    spell: Schedule = field(default_factory=lambda: Schedule(steps=300, rate=1e-3, warmup=50, weight_decay=0.01))
     write: Schedule = field(default_factory=lambda: Schedule(steps=300, rate=1e-3, warmup=20, weight_decay=0.01))
 
 

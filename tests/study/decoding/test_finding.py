@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import numpy as np
 import polars as pl
@@ -25,6 +26,14 @@ def test_groups_are_drawn_whole() -> None:
     assert said(Interval(-0.001, -0.2, 0.004, 0.1, 0.95, 9)) == "0.00 (-0.20 to 0.00)"
     assert said(Interval(0.0, -0.2, 0.2, 0.1, 0.95, 9), "{:+.1f}") == "0.0 (-0.2 to +0.2)"
     assert said(interval([0.5, 0.5]), "{:.1f}") == "0.5 (0.5 to 0.5)" and said(interval([0.5]), "{:.1f}") == "0.5"
+
+
+def test_what_never_varies_is_its_own_interval_and_says_nothing_else() -> None:
+    """Scores that are worth nothing at all: zero for each item, in groups of several sizes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = interval(np.zeros(9), ["a", "a", "b", "b", "b", "c", "d", "d", "d"])
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
 
 
 def test_groups_of_different_sizes_keep_the_mean_over_items() -> None:

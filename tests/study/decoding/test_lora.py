@@ -99,7 +99,7 @@ def known(monkeypatch: pytest.MonkeyPatch, after: dict[str, float], others: dict
 
 def test_only_the_trained_one_rises(model: Bridged, monkeypatch: pytest.MonkeyPatch) -> None:
     known(monkeypatch, {"attribute": 0.7, "control": 0.1}, {"attribute": 0.3, "control": 0.3})
-    found = lora(model, *parts(), recipe=RECIPE, progress=False)
+    found = lora(model, *parts(), recipe=RECIPE, folds=2, progress=False)
     assert found.attribute == "speaker" and found.interval.value == pytest.approx(0.6, abs=0.03)
     assert found.interval.low > 0.5 and "rises for speaker alone" in found.sentence and "the control, words" in found.sentence
     table = found.table
@@ -119,9 +119,9 @@ def test_only_the_trained_one_rises(model: Bridged, monkeypatch: pytest.MonkeyPa
 
 def test_another_that_rises_is_said(model: Bridged, monkeypatch: pytest.MonkeyPatch) -> None:
     known(monkeypatch, {"attribute": 0.7, "control": 0.1}, {"attribute": 0.5, "control": 0.3})
-    assert "rises for speaker and take" in lora(model, *parts(), recipe=RECIPE, progress=False).sentence
+    assert "rises for speaker and take" in lora(model, *parts(), recipe=RECIPE, folds=2, progress=False).sentence
     known(monkeypatch, {"attribute": 0.1, "control": 0.1}, {"attribute": 0.3, "control": 0.3})
-    assert "rises for none" in lora(model, *parts(), recipe=RECIPE, progress=False).sentence
+    assert "rises for none" in lora(model, *parts(), recipe=RECIPE, folds=2, progress=False).sentence
 
 
 # The whole
@@ -170,8 +170,8 @@ def test_states_are_those_of_the_prompt(model: Bridged, monkeypatch: pytest.Monk
         vectors = _Vectors(item)
         model.show([item], Trace(vectors))
         final = model.llm.depth + 1
-        assert np.allclose(taken[0][k], vectors.taken[f"llm:{final}:last"], atol=1e-5)
-        assert np.allclose(taken[1][k], vectors.taken[f"llm:{final}:mean"], atol=1e-5)
+        assert np.allclose(taken[0][k], vectors.read()[f"llm:{final}:last"], atol=1e-5)
+        assert np.allclose(taken[1][k], vectors.read()[f"llm:{final}:mean"], atol=1e-5)
 
 
 # What is refused

@@ -98,6 +98,14 @@ class Setting:
         names = ", ".join(answer.rstrip(".") for answer in self.answers(attribute))
         return [replace(item, prompt=f"What is the {attribute}? Answer with one of: {names}.") for item in self.items]
 
+    def check(self, attribute: str, asked: bool) -> None:
+        """Raises ValueError if an attribute cannot be read on held-out items, or (`asked`) not be asked for: before anything is run."""
+        group = _unless(self.group, attribute)
+        groups = None if group is None else [self.label(item, group) for item in self.items]
+        splits([self.label(item, attribute) for item in self.items], groups, self.folds, self.seed)
+        if asked:
+            self.model.tokens_of_answers(self.answers(attribute))
+
     def scored(self, attribute: str) -> tuple[Features, Scores]:
         """Features and scores of the items with that question."""
         items = self.asked(attribute)
@@ -299,6 +307,9 @@ def decode(name: str, model: Model, given: dict[str, Any]) -> list[Finding]:
     setting = Setting(model, **given)
     if not setting.attributes and name != "directions":
         raise ValueError(f"{name} reads labels of the items; name one or more with --attribute")
+    if name in ("probes", "gmi", "bound"):
+        for attribute in setting.attributes:
+            setting.check(attribute, asked=name != "probes")
     about = {"model": model.name, "data": setting.name, "items": len(setting.items)}
     setting.out.mkdir(parents=True, exist_ok=True)
     results.check(setting.out, about)

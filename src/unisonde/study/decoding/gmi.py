@@ -152,7 +152,7 @@ def gmi(
     rows = _aligned(features, scores)
     labels = _numbered(features.labels(attribute), scores.answers, answer_of, attribute)
     groups = features.groups(group)
-    outer = splits(labels, groups, folds, seed)
+    outer = splits(features.labels(attribute), groups, folds, seed)
     count = scores.values.shape[1]
     places = list(range(count)) if layers is None else list(layers)
     settings = {"run": features.run.id, "answers": list(scores.answers), "attribute": attribute, "group": group, "folds": folds}
@@ -205,7 +205,7 @@ def lost(
         raise ValueError("the scores in words are of other items or answers; score the same answers to the same items")
     labels = _numbered(features.labels(attribute), scores.answers, answer_of, attribute)
     groups = features.groups(group)
-    outer = splits(labels, groups, folds, seed)
+    outer = splits(features.labels(attribute), groups, folds, seed)
     told, modal = (held_out(one.values[rows, -1], labels, outer).bits for one in (in_words, scores))
     return Loss(*(interval(bits, groups, draws, seed) for bits in (told, modal, told - modal)))
 

@@ -38,7 +38,7 @@ from unisonde.models.trace import hooked
 from unisonde.study.decoding.finding import Finding, Steps, said, ticking
 from unisonde.study.decoding.gmi import held_out
 from unisonde.study.decoding.probes import predict
-from unisonde.study.decoding.splits import coded, splits
+from unisonde.study.decoding.splits import Split, coded, splits
 from unisonde.train.lora import Lesson, LoraRecipe, learn, tuned
 
 BEFORE = "before"
@@ -80,6 +80,10 @@ class Question:
     labels: Sequence[int]
     groups: Sequence[str] | None = None
 
+    def splits(self, folds: int, seed: int) -> list[Split]:
+        """As `splits` of the right answers."""
+        return splits([self.answers[label] for label in self.labels], self.groups, folds, seed)
+
 
 def lora(
     model: Bridged,
@@ -113,6 +117,9 @@ def lora(
     """
     recipe = recipe or LoraRecipe()
     _check(objective, control, questions, seeds)
+    for question in questions:  # before anything is trained
+        question.splits(folds, seed)
+        model.tokens_of_answers(question.answers)
     settings: dict[str, Any] = {"experiment": "lora", "model": model.identity(), "recipe": asdict(recipe)}
     for what, one in (("objective", objective), ("control", control)):
         settings[what] = {"name": one.name, "items": data_digest(one.items), "responses": list(one.responses)}
@@ -219,7 +226,7 @@ class _Work:
             vectors.append(torch.stack([state[-1], state[prompted.slots].mean(0)]).cpu().numpy())
         labels = np.array(question.labels)
         groups = None if question.groups is None else coded(question.groups)[0]
-        outer = splits(labels, groups, self.folds, self.seed)
+        outer = question.splits(self.folds, self.seed)
         x, right = np.stack(vectors), np.stack(scores)
         at_answer, of_mean = (predict(x[:, k], labels, outer, groups, seed=self.seed) for k in (0, 1))
         return pl.DataFrame(
