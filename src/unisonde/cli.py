@@ -227,6 +227,7 @@ def decode(
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items, evenly over categories.")] = None,
     folds: Annotated[int, typer.Option(min=2, help="Of the held-out splits.")] = 5,
     draws: Annotated[int, typer.Option(min=0, help="Random spans (ablate).")] = 10,
+    retry: Annotated[bool, typer.Option(help="Take items that failed in an earlier call again.")] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -244,7 +245,11 @@ def decode(
     items = evenly(source.items("text", seed=seed), limit)
     words = [Item(i.id, i.category, i.prompt) for i in open_data(texts).items("text", seed=seed) if i.modality == "text"]
     given = {"attributes": tuple(attribute), "group": group, "response": response, "folds": folds, "draws": draws, "seed": seed}
+    given |= {"retry": retry}
     found = run_experiment(experiment, load(model), {"items": items, "texts": words, "out": out, "name": source.name} | given)
+    if failed := max((finding.used.get("failed", 0) for finding in found), default=0):
+        note = f"{failed} of the {len(items)} items could not be taken and are left out; --retry takes them again"
+        err.print(note, style="yellow", highlight=False, soft_wrap=True)
     try:
         figure = f", the figure {draw(out, experiment)[0]}"
     except ImportError as error:  # the table stands, and the figure can be had later

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import unisonde
 from unisonde.cli import main
 from unisonde.data import speech, spoken
 from unisonde.models.registry import packaged
-from unisonde.train import speech_smollm
+from unisonde.train import speech_smollm, vision_smollm
 from unisonde.train.speech_smollm import Recipe, scores
 
 DIGITS_RIGHT, WORD_ERRORS, VOCABULARY = 0.97, 0.25, 200
 """Of held-out takes of digits, the least share right; of held-out sentences over so many words, the most errors a word."""
+COUNTS_RIGHT = 0.9
+"""Of held-out pictures, the least share of captions that count right."""
 
 
 def read(name: str, file: str) -> dict[str, Any]:
@@ -51,6 +53,33 @@ def test_speech_smollm_writes_what_is_said(speaker: Any, shared: Path) -> None:
     # So few digits may fall short of the floor by chance, not by more.
     assert binomtest(found["digits"]["right"], found["digits"]["n"], DIGITS_RIGHT, alternative="less").pvalue > 0.001
     assert found["sentences"]["word_error_rate"] < WORD_ERRORS, found["sentences"]["wrong"]
+
+
+@pytest.mark.parametrize("name", vision_smollm.NAMES)
+def test_the_record_of_the_pair(name: str) -> None:
+    assert read(name, "training")["recipe"] == json.loads(json.dumps(asdict(vision_smollm.recipe_of(name))))
+    assert (packaged(f"twins/{name}") / "model.safetensors").stat().st_size < 8e6
+    encoder, captions = read(name, "scores")["encoder"], read(name, "scores")["captions"]
+    if name.endswith("aligned"):
+        assert encoder["accuracy"] > 0.95
+    else:
+        assert encoder["error"] < 0.25 * encoder["constant"]
+    assert captions["pictures"] == 100 and captions["counts"] >= COUNTS_RIGHT
+
+
+def test_the_pair_differs_in_its_objective_alone() -> None:
+    one, other = (read(name, "training")["recipe"] for name in vision_smollm.NAMES)
+    objectives = {recipe["model"].pop("objective") for recipe in (one, other)}
+    assert one == other and objectives == {"aligned", "masked"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", vision_smollm.NAMES)
+def test_the_pair_captions_pictures_that_it_has_not_seen(name: str) -> None:
+    found = vision_smollm.scores(unisonde.load(name), replace(vision_smollm.recipe_of(name), seed=77, held_out=24))
+    recorded = read(name, "scores")["captions"]
+    assert binomtest(round(found["counts"] * 24), 24, COUNTS_RIGHT, alternative="less").pvalue > 0.001
+    assert abs(found["colours"] - recorded["colours"]) < 0.25 and found["named"] > 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------------ bad input

@@ -221,7 +221,7 @@ def test_tables_hold_the_numbers(experiments: Results) -> None:
 
 def test_what_was_asked_is_said(experiments: Results) -> None:
     html = section(experiments, 1, None)
-    assert html.count("300 items, seed 3, 5 folds, 12 s for what was asked for at once.") == 6
+    assert html.count("300 items, seed 3, 5 folds, 12 s.") == 6
     assert html.index("Present against usable") < html.index("What probes find") < html.index("The bound of the paper")
     for name in ("gmi", "probes", "directions", "ablate", "bound", "lora"):
         assert unescape(html).count(f"<p>{name} says it of {ODD}.</p>") == len(experiments.findings(name))

@@ -135,5 +135,5 @@ def test_what_is_refused(model: SpeechSmolLM, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match="q_strange"):
         learn(model, lessons(model, 2), replace(TOY, targets=("q_strange",)), tmp_path / "c.pt")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match="pip install --no-deps peft"):
+    with pytest.raises(ValueError, match=r"pip install 'unisonde\[lora\]'"):
         learn(model, lessons(model, 2), TOY, tmp_path / "c.pt")

@@ -390,7 +390,8 @@ class Bridged(Model):
         states: dict[int, list[Tensor]] = defaultdict(list)
 
         def keep(layer: int, output: Tensor) -> None:
-            states[layer].append(output if states[layer] else output[:, -1:])  # of the prompt, the last position
+            # Of the prompt, a copy of the last position: a view would keep them all.
+            states[layer].append(output if states[layer] else output[:, -1:].clone())
 
         with hooked(self.llm, keep) if layers else nullcontext():
             start = self.language_model(inputs_embeds=self.embed(prompted), use_cache=True, logits_to_keep=1)

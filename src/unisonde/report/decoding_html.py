@@ -111,10 +111,18 @@ def _asked(told: dict[str, Any]) -> str:
     for finding in told["findings"]:
         if "seed" not in finding:
             continue
-        parts = [f"{told['items']} items", f"seed {finding['seed']}"]
+        parts = [f"{told['items']} items"]
+        if finding.get("failed"):
+            parts.append(f"{finding['failed']} of them not taken")
+        if finding.get("judged"):
+            parts.append(f"{finding['judged']} of them judged")
+        parts.append(f"seed {finding['seed']}")
         if finding.get("folds"):
             parts.append(f"{finding['folds']} folds" + (f" by {finding['group']}" if finding.get("group") else ""))
-        parts.append(f"{finding['seconds']:,.0f} s for what was asked for at once")
+        elif finding.get("group"):
+            parts.append(f"kept together by {finding['group']}")
+        if finding.get("seconds") is not None:
+            parts.append(f"{finding['seconds']:,.0f} s")
         texts.append((finding["attribute"], ", ".join(parts)))
     if len({text for _, text in texts}) == 1:
         return escape(texts[0][1]) + "."

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from unisonde.models.bridged import Bridged, Prompted
 from unisonde.train.loop import Effort, Schedule, autocast_dtype, fit
 
-INSTALL = "pip install --no-deps peft"
+INSTALL = "pip install 'unisonde[lora]'"
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ def learn(
     """
     if not lessons:
         raise ValueError("there is nothing to learn from; give one or more items with responses")
-    dtype = autocast_dtype(recipe.precision)
-    decoder = copy.deepcopy(model.language_model).to(dtype or torch.float32)
+    kind = number_format(recipe.precision, model.device)
+    held = model.language_model
+    # A decoder in this format already is trained in its place: a second one may not fit.
+    decoder = held if next(held.parameters()).dtype == kind else copy.deepcopy(held).to(kind)
     torch.manual_seed(seed)
     with _adapted(decoder, recipe) as wrapped:
         changed = nn.ParameterList(parameter for parameter in wrapped.parameters() if parameter.requires_grad)
@@ -85,6 +88,19 @@ def learn(
         effort = fit(name, changed, loss, recipe.schedule, checkpoint, recipe.size)
         decoder.eval()
         return {key: value.detach().clone() for key, value in _weights(wrapped).items()}, effort
+
+
+def number_format(precision: str, device: torch.device) -> torch.dtype:
+    """In which the decoder is trained: bfloat16 on a GPU, unless float32 is asked for; on a processor as in all training here."""
+    if device.type == "cpu":
+        return autocast_dtype(precision) or torch.float32
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def require() -> None:
+    """Raises ValueError if peft is not installed."""
+    if find_spec("peft") is None:
+        raise ValueError(f"LoRA needs the package peft: {INSTALL}")
 
 
 @contextmanager
@@ -106,10 +122,9 @@ def _weights(wrapped: Any) -> dict[str, nn.Parameter]:
 @contextmanager
 def _adapted(decoder: nn.Module, recipe: LoraRecipe) -> Iterator[Any]:
     """While inside, the decoder has fresh LoRA layers, which alone may learn."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ValueError(f"LoRA needs the package peft: {INSTALL}") from None
+    require()
+    from peft import LoraConfig, get_peft_model
+
     may_learn = {name: parameter.requires_grad for name, parameter in decoder.named_parameters()}
     config = LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(recipe.targets), bias="none"

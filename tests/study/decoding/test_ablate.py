@@ -51,6 +51,9 @@ def test_spans_are_matched() -> None:
     drawn = [c.modes for c in listed if c.name == "random"]
     assert len(drawn) == 8 and drawn[:4] == drawn[4:] and len(set(drawn)) > 1 and all(len(set(m)) == 2 for m in drawn)
     assert len({c.step for c in listed}) == len(listed)
+    # Where most modes are modality-specific, as many of them as there are others.
+    most = {c.name: c for c in conditions(made([5.0, 4.0, 3.0, 2.0, 1.0], [True, True, True, True, False]), 1)}
+    assert most["specific"].modes == (0,) and most["aligned by count"].modes == (4,) and len(most["random"].modes) == 1
     with pytest.raises(ValueError, match="0 of 2 modes are modality-specific, so there is nothing to compare"):
         conditions(made([2.0, 1.0], [False, False]))
 
@@ -108,7 +111,7 @@ def test_on_a_tiny_model(model, tmp_path) -> None:
     raw = table.filter(condition="specific", centring="raw").row(0, named=True)
     assert raw["loss"] != pytest.approx(row["loss"], rel=1e-6)
     assert "changes the loss of the response by" in first.sentence and "in 2 draws" in first.sentence
-    (tmp_path / "a" / "random-raw-001.parquet").unlink()
+    next((tmp_path / "a").rglob("random-raw-001.parquet")).unlink()
     assert run().table.equals(table)
     # Outside, the model is as before.
     torch.testing.assert_close(model.response_loss(items, responses).detach().numpy(), losses)

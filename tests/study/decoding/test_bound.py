@@ -30,16 +30,24 @@ def test_transport_in_closed_form() -> None:
 def test_within_labels_the_distance_is_no_smaller() -> None:
     labels = np.arange(60) % 2
     x = RNG.normal(size=(60, 2)) * 0.1 + labels[:, None] * 10
-    same, null = transport(x, x.copy(), draws=3)
-    assert same.value == pytest.approx(0.0, abs=1e-9) and null > 0
-    within, _ = transport(x, x.copy(), labels, 1 - labels, draws=3)  # the texts' labels are the wrong way round
+    same = transport(x, x.copy(), draws=3)
+    assert same.w1.value == pytest.approx(0.0, abs=1e-9) and same.null > 0
+    within = transport(x, x.copy(), labels, 1 - labels, draws=3).w1  # the texts' labels are the wrong way round
     assert [within.value, within.low, within.high] == pytest.approx([math.hypot(10, 10)] * 3, rel=0.02)
-    assert within.low <= within.high
     # Halves of the texts are held against each other within labels too: not the ten units between them.
-    apart = transport(x, x.copy(), labels, labels, draws=3)[1]
-    assert apart < 0.3 < 1 < transport(x[labels == 0], x, draws=3)[0].value
+    assert transport(x, x.copy(), labels, labels, draws=3).null < 0.3 < 1 < transport(x[labels == 0], x, draws=3).w1.value
     with pytest.raises(ValueError, match=r"one width; got \(60, 2\) and \(60, 1\)"):
         transport(x, x[:, :1])
+
+
+def test_the_interval_of_a_distance_holds_it() -> None:
+    """W1 of few vectors is too large, of half as many larger still: the interval is about the value all the same."""
+    x = RNG.normal(size=(80, 20))
+    found = transport(x, RNG.normal(size=(80, 20)), draws=40)
+    assert found.halves > found.w1.value + 0.2 and found.w1.low <= found.w1.value <= found.w1.high
+    assert found.null == pytest.approx(found.halves, rel=0.05)  # one distribution, so halves of texts are as far apart
+    groups = np.arange(80) // 20
+    assert transport(x + 3.0 * groups[:, None], x, groups=groups, draws=40).w1.stderr > 2 * found.w1.stderr
 
 
 def test_gradients_by_finite_differences(tmp_path_factory) -> None:
@@ -62,11 +70,11 @@ def test_gradients_by_finite_differences(tmp_path_factory) -> None:
         sensitivity(model, [item], ["a", "b"], progress=False)
 
 
-def one(attribute: str, size: float, lost: float):
-    x = RNG.normal(size=(30, 3))
+def one(attribute: str, size: float, lost: float, tilt: float = 1.0):
+    x = np.random.default_rng(7).normal(size=(30, 3))
     gradients = Sensitivity(np.full(30, size), np.full(30, 2 * size))
     words, heard, between = (Interval(value, value - 0.1, value + 0.1, 0.05, 0.95, 30) for value in (lost + 0.2, 0.2, lost))
-    return bound(attribute, gradients, x + np.array([1.0, 0, 0]), x, Loss(words, heard, between), 1000, draws=3)
+    return bound(attribute, gradients, x + np.array([1.0, 0, 0]), x, Loss(words, heard, between, tilt), 1000, draws=3)
 
 
 def test_the_product_and_its_bound() -> None:
@@ -77,15 +85,20 @@ def test_the_product_and_its_bound() -> None:
     assert row["bound"] == pytest.approx(row["prefactor"] * row["product"])
     assert one("pitch", 9.0, 0.3).table["prefactor"][0] == 1001  # the vocabulary is the cap
     assert not one("pitch", 1e-6, 0.3).table["holds"][0]
+    # Scores that are ten times too steep, undone by a tilt of a tenth, give the same bound.
+    steep = one("pitch", 5.0, 0.3, tilt=0.1).table
+    assert steep["product"][0] == pytest.approx(row["product"]) and steep["prefactor"][0] == pytest.approx(row["prefactor"])
     assert "a gradient norm is no Lipschitz constant" in found.sentence and "0.30 (0.20 to 0.40) bits are lost" in found.sentence
     assert "worth 0.50 (0.40 to 0.60) bits" in found.sentence and (row["gmi_words"], row["gmi"]) == (0.5, 0.2)
 
 
 def test_orders() -> None:
     agreeing = order(pl.concat([one(str(k), k + 0.1, k).table for k in range(5)]))
+    few = order(pl.concat([one(str(k), k + 0.1, k).table for k in range(3)]))
+    assert "cannot be told" in few.sentence and "rank correlation 1.00, p = 0.17" in few.sentence
     assert agreeing.interval.value == pytest.approx(1.0) and agreeing.table["p"][0] == pytest.approx(1 / 120)
     assert "agrees with" in agreeing.sentence
     against = order(pl.concat([one(str(k), k + 0.1, -k).table for k in range(5)]))
-    assert against.interval.value == pytest.approx(-1.0) and "does not predict" in against.sentence
+    assert against.interval.value == pytest.approx(-1.0) and "is not shown" in against.sentence
     with pytest.raises(ValueError, match="3 attributes or more, got 2"):
         order(pl.concat([one("a", 1, 1).table, one("b", 2, 2).table]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from unisonde.measure import Interval
-from unisonde.study.decoding.finding import Steps, interval, said, side_by_side
+from unisonde.study.decoding.finding import Steps, flipped, interval, said, side_by_side
 
 
 def test_groups_are_drawn_whole() -> None:
@@ -52,13 +53,10 @@ def test_steps_are_made_once_and_go_with_their_settings(tmp_path) -> None:
         steps = Steps(tmp_path / "probes", {"seed": 0, "strengths": (1, 2)})
         assert steps.table("one", make).rows() == [(1, None)]
     assert len(made) == 1 and steps.table("two", make)["x"][0] == 2
-    with pytest.raises(ValueError, match="holds an experiment with seed = 0 where 1 is asked for; name another folder"):
-        Steps(tmp_path / "probes", {"seed": 1, "strengths": [1, 2]})
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").touch()
-    with pytest.raises(ValueError, match="holds files that are no experiment"):
-        Steps(tmp_path / "other", {})
-    assert Steps(None, {}).table("one", make)["x"][0] == 3
+    other = Steps(tmp_path / "probes", {"seed": 1, "strengths": [1, 2]})
+    assert other.table("one", make)["x"][0] == 3 and other.folder != steps.folder
+    assert Steps(tmp_path / "probes", {"strengths": [1, 2], "seed": 0}).table("one", make)["x"][0] == 1  # both are kept
+    assert Steps(None, {}).table("one", make)["x"][0] == 4
 
 
 def test_a_step_that_fails_leaves_nothing(tmp_path, monkeypatch) -> None:
@@ -66,7 +64,26 @@ def test_a_step_that_fails_leaves_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("unisonde.study.decoding.finding.flush", lambda path: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError):
         steps.table("one", lambda: pl.DataFrame({"x": [1]}))
-    assert [path.name for path in (tmp_path / "s").iterdir()] == ["settings.json"]
+    assert steps.folder is not None and [path.name for path in steps.folder.iterdir()] == ["settings.json"]
+
+
+def test_seconds_add_up_over_calls(tmp_path) -> None:
+    for name in ("one", "two", "one"):
+        steps = Steps(tmp_path / "s", {})
+        before = steps.seconds
+        steps.table(name, lambda: time.sleep(0.02) or pl.DataFrame({"x": [1]}))  # type: ignore[func-returns-value]
+        assert (steps.seconds == before) == (name == "one" and before > 0)
+    assert steps.seconds >= 0.04
+
+
+def test_signs_of_whole_groups_are_flipped() -> None:
+    """Ten groups of ten equal differences: as items, a chance difference looks certain."""
+    rng = np.random.default_rng(1)
+    few = [flipped(np.repeat(rng.normal(size=10), 10), np.repeat(np.arange(10), 10), seed=k) < 0.05 for k in range(40)]
+    rng = np.random.default_rng(1)
+    many = [flipped(np.repeat(rng.normal(size=10), 10), seed=k) < 0.05 for k in range(40)]
+    assert sum(few) <= 6 < 15 < sum(many)
+    assert flipped(np.array([1.0, 1.1, 0.9, 1.2, 1.0, 1.3, 0.8])) == pytest.approx(2 / 2**7)
 
 
 def test_items_side_by_side_come_in_order() -> None:

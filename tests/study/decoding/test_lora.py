@@ -132,12 +132,15 @@ def test_on_a_tiny_model(model: Bridged, tmp_path: Path, monkeypatch: pytest.Mon
     before = {key: value.clone() for key, value in model.network.state_dict().items()}
     given = {"recipe": RECIPE, "seeds": 2, "folds": 2, "draws": 50, "out": tmp_path / "l", "progress": False}
     found = lora(model, *parts(), **given)  # type: ignore[arg-type]
-    kept = {path.name for path in (tmp_path / "l").iterdir()}
-    assert kept == {"settings.json", "before-0.parquet"} | {f"{w}-{k}.parquet" for w in ("attribute", "control") for k in (0, 1)}
+    [folder] = (tmp_path / "l").iterdir()
+    kept = {path.name for path in folder.iterdir()}
+    assert kept == {"settings.json", "seconds.json", "before-0.parquet"} | {
+        f"{w}-{k}.parquet" for w in ("attribute", "control") for k in (0, 1)
+    }
     assert all(torch.equal(value, before[key]) for key, value in model.network.state_dict().items())
 
     # What is measured before is what the other experiments measure.
-    first = pl.read_parquet(tmp_path / "l" / "before-0.parquet").filter(pl.col("read") == "speaker")
+    first = pl.read_parquet(folder / "before-0.parquet").filter(pl.col("read") == "speaker")
     _, _, [question, _] = parts()
     scores = model.answer_scores(question.items, ANSWERS)
     hits = (scores.argmax(1) == torch.tensor(question.labels)).double()
@@ -147,8 +150,8 @@ def test_on_a_tiny_model(model: Bridged, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(experiment, "learn", None)
     again = lora(model, *parts(), **given)  # type: ignore[arg-type]
     assert again.table.equals(found.table) and again.sentence == found.sentence
-    with pytest.raises(ValueError, match="holds an experiment with"):
-        lora(model, *parts(), **given | {"folds": 3})  # type: ignore[arg-type]
+    with pytest.raises(TypeError):  # other settings are another experiment, which has to be learnt
+        lora(model, *parts(), **given | {"recipe": replace(RECIPE, rank=2)})  # type: ignore[arg-type]
 
 
 def test_states_are_those_of_the_prompt(model: Bridged, monkeypatch: pytest.MonkeyPatch) -> None:

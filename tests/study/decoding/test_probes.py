@@ -10,7 +10,7 @@ import pytest
 from known import balanced, folder_of, recordings
 
 from unisonde.study.decoding.features import ADAPTER_OUT, Hook
-from unisonde.study.decoding.probes import Predictions, predict, probes, shuffled
+from unisonde.study.decoding.probes import STRENGTHS, Predictions, predict, probes, shuffled
 from unisonde.study.decoding.splits import splits
 
 LAST = Hook("llm", 3)
@@ -114,12 +114,19 @@ def test_the_table_of_a_planted_label(made, tmp_path) -> None:
         "At layer 3 of llm of synthetic, a linear probe reads pitch (3 labels, 60 items, held out by group)"
     )
     # Asked again, every hook is read from where it was kept; a hook that is missing alone is made again, to the same numbers.
-    (tmp_path / "p" / "llm-0-mean.parquet").unlink()
+    next((tmp_path / "p").rglob("llm-0-mean.parquet")).unlink()
     assert probes(made, "pitch", "group", folds=3, shuffles=2, draws=99, out=tmp_path / "p", progress=False).table.equals(
         found.table
     )
-    with pytest.raises(ValueError, match="holds an experiment with seed"):
-        probes(made, "pitch", "group", folds=3, shuffles=2, draws=99, seed=1, out=tmp_path / "p", progress=False)
+    other = probes(made, "pitch", "group", folds=3, shuffles=2, draws=99, seed=1, out=tmp_path / "p", progress=False).table
+    assert not other.equals(found.table) and other["seed"].unique().to_list() == [1]
+
+
+def test_a_label_in_one_inner_group_is_read_all_the_same() -> None:
+    """Two examples, one a fold: the training part has one, so there is nothing to choose the regularisation by."""
+    labels = np.array([0] * 10 + [1] * 2)
+    found = predict(np.eye(2)[labels] + 0.01 * np.arange(24).reshape(12, 2), labels, splits(labels, folds=2))
+    assert set(found.strengths) == {min(STRENGTHS)} and np.isfinite(found.log_probabilities).all()
 
 
 def test_what_cannot_be_probed(made) -> None:

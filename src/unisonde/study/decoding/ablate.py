@@ -5,8 +5,9 @@ From every feature z (one position of sound or picture) its part within a span U
 - `raw`: z - U'U z, which also takes away what all features share along the span, as the paper's code does;
 - `recentred`: z - U'U (z - m), which keeps the mean m of the features and removes what varies about it.
 
-The spans are the modality-specific modes; text-aligned ones matched in count, and text-aligned ones matched in variance; and,
-many times, as many modes drawn at random from all of them. What is measured is the loss of given responses, on the response's
+The spans are the modality-specific modes, as many of them as there are text-aligned ones if those are fewer; text-aligned ones
+matched in count, and text-aligned ones matched in variance, as far as they hold it; and, many times, as many modes drawn at random
+from all of them. What is measured is the loss of given responses, on the response's
 tokens alone (the published code of arXiv 2602.23136 scores tokens of the prompt), and whether the right one of a closed set of
 answers is the likeliest, item by item, so that each condition is held against the whole features pairwise.
 """
@@ -28,10 +29,10 @@ from torch import Tensor
 
 from unisonde.data.catalogue import data_digest
 from unisonde.data.item import Item
-from unisonde.measure import Interval, paired_permutation
+from unisonde.measure import Interval
 from unisonde.models.bridged import Bridged, Prompted
 from unisonde.study.decoding.directions import Directions
-from unisonde.study.decoding.finding import Finding, Steps, interval, said, side_by_side, ticking
+from unisonde.study.decoding.finding import Finding, Steps, flipped, interval, said, side_by_side, ticking
 
 WHOLE = "whole"
 CENTRINGS = ("raw", "recentred")
@@ -59,7 +60,7 @@ class Condition:
 
 
 def conditions(found: Directions, draws: int = 10, seed: int = 0) -> list[Condition]:
-    """All that is removed, the whole features first. Of spans matched in count, the larger variances come first.
+    """All that is removed, the whole features first. Spans are of one number of modes, those of the larger variances first.
 
     Raises:
         ValueError: no mode is modality-specific, or none is text-aligned, so there is nothing to compare.
@@ -68,8 +69,9 @@ def conditions(found: Directions, draws: int = 10, seed: int = 0) -> list[Condit
     if not len(specific) or not len(aligned):
         raise ValueError(
             f"{len(specific)} of {len(found.specific)} modes are modality-specific, so there is nothing to compare; "
-            "take another threshold"
+            "take other texts with --texts"
         )
+    specific = specific[: len(aligned)]
     spans = {
         "specific": specific,
         "aligned by count": aligned[: len(specific)],
@@ -148,7 +150,7 @@ def ablate(
 
     Returns:
         A table with one row a condition: `modes` (how many are removed), `share` of the variance that they hold, `loss` (nats a
-        token), `loss_change` against the whole features with `loss_low`, `loss_high` and `loss_p` (paired sign flips); with answers
+        token), `loss_change` against the whole features with `loss_low`, `loss_high` and `loss_p` (signs flipped); with answers
         `accuracy`, `accuracy_change`, `accuracy_low`, `accuracy_high`, else nulls.
 
     Raises:
@@ -186,7 +188,7 @@ def ablate(
         row |= {"share": float(found.variances[list(c.modes)].sum() / found.total), "n": len(items), "seed": seed}
         rows.append(row | _changes(own, whole, c.name == WHOLE, groups, resamples, seed))
     table = pl.DataFrame(rows, infer_schema_length=None)
-    return Finding(table, *_sentence(table))
+    return Finding(table, *_sentence(table), {"judged": len(items), "draws": draws, "seconds": steps.seconds})
 
 
 def _check(
@@ -269,7 +271,7 @@ def _changes(
     differences = (own["loss"] - whole["loss"]).to_numpy()
     row |= dict.fromkeys((*names, "loss_p"), None) if same else _interval(names, differences, groups, resamples, seed)
     if not same:
-        row["loss_p"] = paired_permutation(own["loss"].to_numpy(), whole["loss"].to_numpy(), seed=seed).p
+        row["loss_p"] = flipped(differences, groups, seed)
     names = ("accuracy_change", "accuracy_low", "accuracy_high")
     if own["hit"].null_count():
         return row | {"accuracy": None} | dict.fromkeys(names, None)
@@ -292,8 +294,14 @@ def _sentence(table: pl.DataFrame) -> tuple[str, Interval]:
     change = Interval(row["loss_change"], row["loss_low"], row["loss_high"], math.nan, 0.95, row["n"])
     others = []
     for name in ("aligned by count", "aligned by variance"):
-        [value] = recentred.filter(pl.col("condition") == name)["loss_change"].to_list()
-        others.append(f"text-aligned ones matched {name.removeprefix('aligned ')} {value:+.3f}")
+        [other] = recentred.filter(pl.col("condition") == name).to_dicts()
+        if name == "aligned by variance" and other["share"] < 0.5 * row["share"]:
+            others.append("no text-aligned ones hold as much")
+        else:
+            others.append(
+                f"{other['modes']} text-aligned ones matched {name.removeprefix('aligned ')} ({other['share']:.1%}) "
+                f"{other['loss_change']:+.3f}"
+            )
     drawn = recentred.filter(pl.col("condition") == "random")["loss_change"]
     if len(drawn):
         others.append(f"random ones {drawn.min():+.3f} to {drawn.max():+.3f} in {len(drawn)} draw{'s' if len(drawn) > 1 else ''}")

@@ -5,8 +5,8 @@
 The texts are the items' labels in words, so that GMI_T and P_T are of the same items, and their difference is what is lost where an
 attribute is heard or seen and not told. The space is that of one vector an item: the mean of what the decoder gets from the adapter,
 or of a text's embeddings. A step in it moves all features of the item by one vector, so the sensitivity is the norm of the sum over
-positions of the gradient of log q(right answer). W1 is the exact Euclidean transport distance of samples of equal size, within each
-label.
+positions of the gradient of log q(right answer); GMI takes log q times its tilt s, and L is s times that norm. W1 is the exact
+Euclidean transport distance of samples of equal size, within each label.
 
 What it is not: the largest or mean norm of a gradient at some points is no Lipschitz constant, which is a supremum over all of
 them, so the number called a bound here is a heuristic and may be exceeded. D is the largest distance in the samples; the
@@ -19,21 +19,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
 
+from unisonde.data.catalogue import data_digest
 from unisonde.data.item import Item
 from unisonde.measure import Interval
 from unisonde.measure.estimate import p_value
 from unisonde.models.bridged import Bridged
-from unisonde.study.decoding.finding import Finding, interval, said, side_by_side, ticking
+from unisonde.study.decoding.finding import Finding, Steps, interval, said, side_by_side, ticking
 from unisonde.study.decoding.gmi import Loss
 
 CHUNK = 16
 """Items between two ticks of progress."""
+
+TELLING = 4
+"""Attributes from which on an order can have p below 0.05."""
 
 CAVEAT = "a gradient norm is no Lipschitz constant, so this is a heuristic and no guarantee"
 
@@ -45,14 +51,21 @@ class Sensitivity:
     Attributes:
         shift: (n,) for a step that all positions take together: the norm of the sum over positions.
         whole: (n,) for the whole sequence of features: the Frobenius norm, which the published code takes.
+        seconds: how long it took to take them.
     """
 
     shift: np.ndarray
     whole: np.ndarray
+    seconds: float = 0.0
 
 
-def sensitivity(model: Bridged, items: Sequence[Item], answers: Sequence[str], progress: bool = True) -> Sensitivity:
+def sensitivity(
+    model: Bridged, items: Sequence[Item], answers: Sequence[str], out: Path | str | None = None, progress: bool = True
+) -> Sensitivity:
     """How steeply the score of each item's right answer changes with what the adapter hands on.
+
+    Args:
+        out: a folder in which finished items are kept, so that a killed call goes on.
 
     Raises:
         ValueError: there are more of one than of the other, an item holds neither sound nor picture, or an answer is empty.
@@ -73,10 +86,15 @@ def sensitivity(model: Bridged, items: Sequence[Item], answers: Sequence[str], p
         gradient = gradient.double()[0]
         return float(gradient.sum(0).norm()), float(gradient.norm())
 
+    def norms_of(pairs: Sequence[tuple[Item, str]]) -> pl.DataFrame:
+        return pl.DataFrame(side_by_side(norms, pairs, model.device), schema=["shift", "whole"], orient="row")
+
     pairs = list(zip(items, answers, strict=True))
-    chunks = ticking([pairs[k : k + CHUNK] for k in range(0, len(pairs), CHUNK)], "sensitivity", progress)
-    found = np.array([row for chunk in chunks for row in side_by_side(norms, chunk, model.device)])
-    return Sensitivity(found[:, 0], found[:, 1])
+    settings = {"model": model.identity(), "items": data_digest(items), "answers": list(answers), "chunk": CHUNK}
+    steps = Steps(out, {"experiment": "sensitivity"} | settings)
+    starts = ticking(range(0, len(pairs), CHUNK), "sensitivity", progress)
+    table = pl.concat([steps.table(f"{k:05d}", partial(norms_of, pairs[k : k + CHUNK])) for k in starts])
+    return Sensitivity(table["shift"].to_numpy(), table["whole"].to_numpy(), steps.seconds)
 
 
 def wasserstein(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
@@ -91,18 +109,36 @@ def wasserstein(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
     return float(distances[linear_sum_assignment(distances)].mean())
 
 
+@dataclass(frozen=True)
+class Transport:
+    """Distances of modal vectors and those of texts.
+
+    Attributes:
+        w1: of all of them.
+        halves: of halves of both, on average.
+        null: of the two halves of the texts.
+    """
+
+    w1: Interval
+    halves: float
+    null: float
+
+
 def transport(
     modal: np.ndarray,
     text: np.ndarray,
     labels: np.ndarray | None = None,
     text_labels: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
     draws: int = 20,
     seed: int = 0,
-) -> tuple[Interval, float]:
+) -> Transport:
     """W1 of modal vectors (n, d) and those of texts (m, d), and W1 between random halves of the texts; within each label if both have
     labels.
 
-    The interval has the percentiles of W1 on random halves of both.
+    W1 of fewer vectors is larger, so the interval is that of W1 on random halves of both, moved to where the whole sets have theirs
+    and narrowed by the square root of 2; halves are random items, or random groups of modal items. W1 of the halves of the texts is
+    to be held against `halves`, the mean of W1 on these.
 
     Raises:
         ValueError: the widths differ, or there are fewer than 4 vectors of a kind.
@@ -118,18 +154,21 @@ def transport(
         known = [(len(a), wasserstein(a, b, seed)) for a, b in parts if len(a) and len(b)]
         return sum(n * w for n, w in known) / sum(n for n, _ in known) if known else math.nan
 
-    def halves(n: int) -> tuple[np.ndarray, np.ndarray]:
-        order = rng.permutation(n)
-        return order[: n // 2], order[n // 2 :]
+    def halves(n: int, together: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        whose = np.arange(n) if together is None else np.unique(together, return_inverse=True)[1]
+        order = rng.permutation(whose.max() + 1)
+        return np.flatnonzero(np.isin(whose, order[: len(order) // 2])), np.flatnonzero(np.isin(whose, order[len(order) // 2 :]))
 
     value = within(modal, labels, text, text_labels)
-    pairs = [(halves(len(modal))[0], halves(len(text))[0]) for _ in range(draws)]
+    pairs = [(halves(len(modal), groups)[0], halves(len(text))[0]) for _ in range(draws)]
     drawn = np.array([within(modal[i], labels[i], text[j], text_labels[j]) for i, j in pairs])
     drawn = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (math.nan, math.nan)
+    mean, low, high = (drawn.mean(), *np.quantile(drawn, [0.025, 0.975])) if len(drawn) else (math.nan,) * 3
+    low, high = (value + (end - mean) / math.sqrt(2) for end in (low, high))
+    spread = float(drawn.std()) / math.sqrt(2) if len(drawn) else math.nan
     one, other = halves(len(text))
     null = within(text[one], text_labels[one], text[other], text_labels[other])
-    return Interval(value, float(low), float(high), float(drawn.std()) if len(drawn) else math.nan, 0.95, len(modal)), null
+    return Transport(Interval(value, float(low), float(high), spread, 0.95, len(modal)), float(mean), null)
 
 
 def bound(
@@ -142,6 +181,7 @@ def bound(
     *,
     labels: np.ndarray | None = None,
     text_labels: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
     draws: int = 20,
     seed: int = 0,
 ) -> Finding:
@@ -154,28 +194,32 @@ def bound(
         vocabulary: tokens of the decoder.
 
     Returns:
-        A table of one row: `sensitivity` (mean) with its interval, `sensitivity_p95`, `w1` with its interval, `w1_null`,
+        A table of one row: `sensitivity` (mean, times the tilt `s`) with its interval, `sensitivity_p95`, `w1` with its interval,
+        `w1_halves` and `w1_null` (`Transport`),
         `product` in bits, `prefactor`, `bound` in bits, `gmi_words`, `gmi`, `lost` with its interval, `holds`.
     """
-    mean = interval(gradients.shift, draws=500, seed=seed)
-    distance, null = transport(modal, text, labels, text_labels, draws, seed)
+    slope = interval(losses.tilt * gradients.shift, groups, draws=500, seed=seed)
+    moved = transport(modal, text, labels, text_labels, groups, draws, seed)
+    distance = moved.w1
     largest = _diameter(np.concatenate([modal, text]))
-    prefactor = 1.0 + min(math.exp(min(mean.value * largest, 700.0)), vocabulary)
-    product = mean.value * distance.value / math.log(2)
-    row = {"attribute": attribute, "n": len(modal), "n_texts": len(text), "seed": seed}
-    row |= {"sensitivity": mean.value, "sensitivity_low": mean.low, "sensitivity_high": mean.high}
-    row |= {"sensitivity_p95": float(np.quantile(gradients.shift, 0.95)), "sensitivity_whole": float(gradients.whole.mean())}
-    row |= {"w1": distance.value, "w1_low": distance.low, "w1_high": distance.high, "w1_null": null, "diameter": largest}
+    prefactor = 1.0 + min(math.exp(min(slope.value * largest, 700.0)), vocabulary)
+    product = slope.value * distance.value / math.log(2)
+    row = {"attribute": attribute, "n": len(modal), "n_texts": len(text), "seed": seed, "s": losses.tilt}
+    row |= {"sensitivity": slope.value, "sensitivity_low": slope.low, "sensitivity_high": slope.high}
+    row |= {"sensitivity_p95": float(np.quantile(losses.tilt * gradients.shift, 0.95))}
+    row |= {"sensitivity_whole": float(losses.tilt * gradients.whole.mean())}
+    row |= {"w1": distance.value, "w1_low": distance.low, "w1_high": distance.high, "diameter": largest}
+    row |= {"w1_halves": moved.halves, "w1_null": moved.null}
     row |= {"product": product, "prefactor": prefactor, "bound": prefactor * product}
     lost = losses.lost
     row |= {"gmi_words": losses.words.value, "gmi": losses.modal.value}
     row |= {"lost": lost.value, "lost_low": lost.low, "lost_high": lost.high, "holds": abs(lost.value) <= prefactor * product}
     sentence = (
         f"Told in words, {attribute} is worth {said(losses.words)} bits of GMI to the decoder, and {said(losses.modal)} from the "
-        f"adapter: {said(lost)} bits are lost. Sensitivity {mean.value:.3g} nats a unit times W1 {distance.value:.3g} is "
+        f"adapter: {said(lost)} bits are lost. Sensitivity {slope.value:.3g} nats a unit times W1 {distance.value:.3g} is "
         f"{product:.3g} bits, with its prefactor {prefactor * product:.3g}; {CAVEAT}."
     )
-    return Finding(pl.DataFrame([row]), sentence, lost)
+    return Finding(pl.DataFrame([row]), sentence, lost, {"seconds": gradients.seconds})
 
 
 def _diameter(vectors: np.ndarray) -> float:
@@ -199,9 +243,11 @@ def order(table: pl.DataFrame) -> Finding:
     rho = float(spearmanr(products, lost).statistic)
     p = _permuted(products, lost, rho)
     agree = Interval(rho, math.nan, math.nan, math.nan, 0.95, len(table))
-    word = "agrees with" if rho > 0 and p < 0.05 else "does not predict"
-    told = f"Over {len(table)} attributes the order of the products {word} that of the losses"
-    sentence = f"{told}: rank correlation {rho:.2f}, p = {p:.2f}."
+    if len(table) < TELLING:
+        word = "cannot be told to be that of the losses, or not: they are too few"
+    else:
+        word = "agrees with that of the losses" if rho > 0 and p < 0.05 else "is not shown to be that of the losses"
+    sentence = f"Over {len(table)} attributes the order of the products {word}: rank correlation {rho:.2f}, p = {p:.2f}."
     return Finding(table.with_columns(rank_correlation=pl.lit(rho), p=pl.lit(p)), sentence, agree)
 
 

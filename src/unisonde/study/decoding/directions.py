@@ -115,6 +115,7 @@ class Stability:
 
     Attributes:
         overlaps: (draws,) of the modality-specific span with that of the items themselves.
+        chances: (draws,) the same of as many modes of each, taken at random among all modes.
         shares: (draws,) the modality-specific share of variance.
         counts: (draws,) the number of modality-specific modes.
         modes: (k,) the mean over draws of the squared length of each mode within the modes of the draw up to its own number: near
@@ -122,6 +123,7 @@ class Stability:
     """
 
     overlaps: np.ndarray
+    chances: np.ndarray
     shares: np.ndarray
     counts: np.ndarray
     modes: np.ndarray
@@ -135,25 +137,35 @@ def stability(
     seed: int = 0,
     threshold: float = THRESHOLD,
     scaled: bool = False,
+    groups: np.ndarray | None = None,
 ) -> Stability:
-    """The same directions, from items drawn with replacement."""
+    """The same directions, from items drawn with replacement, or from whole groups (n,) of them."""
     rng = np.random.default_rng(seed)
-    overlaps, shares, counts = [], [], []
+    members = (
+        [np.array([k]) for k in range(len(modal))] if groups is None else [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    )
+    overlaps, chances, shares, counts = [], [], [], []
     modes = np.zeros(len(found.vectors))
+
+    def any_of(vectors: np.ndarray, count: int) -> np.ndarray:
+        return vectors[rng.choice(len(vectors), count, replace=False)]
+
     for _ in range(draws):
         some = directions(
-            modal[rng.integers(len(modal), size=len(modal))],
+            modal[np.concatenate([members[k] for k in rng.integers(len(members), size=len(members))])],
             text[rng.integers(len(text), size=len(text))],
             len(found.vectors),
             threshold,
             scaled,
         )
         overlaps.append(overlap(found.vectors[found.specific], some.vectors[some.specific]))
+        drawn = any_of(some.vectors, int(some.specific.sum()))
+        chances.append(overlap(any_of(found.vectors, int(found.specific.sum())), drawn))
         shares.append(some.specific_share)
         counts.append(int(some.specific.sum()))
         inside = (found.vectors @ some.vectors.T) ** 2
         modes += [inside[k, : k + 1].sum() for k in range(len(modes))]
-    return Stability(np.array(overlaps), np.array(shares), np.array(counts), modes / max(draws, 1))
+    return Stability(np.array(overlaps), np.array(chances), np.array(shares), np.array(counts), modes / max(draws, 1))
 
 
 def compare_layers(
@@ -165,6 +177,7 @@ def compare_layers(
     threshold: float = THRESHOLD,
     scaled: bool = False,
     draws: int = 30,
+    group: str | None = None,
     seed: int = 0,
     out: Path | str | None = None,
     progress: bool = True,
@@ -176,13 +189,14 @@ def compare_layers(
         text: features of texts, by the same model.
         layers: of the decoder; all if None.
         draws: bootstrap draws, of both sets.
+        group: the label by which modal items are drawn together.
         out: a folder in which finished layers are kept, so that a killed call goes on.
 
     Returns:
         A table with one row a mode of a layer: `variance`, `share` (of the layer's variance), `text_variance`, `ratio`,
         `specific`, `stability`; and of the layer `specific_modes`, `specific_share` with `share_low`, `share_high` (percentiles),
-        `overlap` of the specific span with that of a draw with `overlap_low`, `overlap_high`, and `overlap_random`, what spans of
-        these sizes have by chance.
+        `overlap` of the specific span with that of a draw with `overlap_low`, `overlap_high`, and `overlap_random`, that of as many
+        modes taken at random.
 
     Raises:
         ValueError: the features are of two models, or a layer has none.
@@ -191,16 +205,19 @@ def compare_layers(
         raise ValueError(f"the modal features are of {modal.model} and those of texts of {text.model}; take both of one model")
     there = [hook for hook in modal.hooks if hook.stack == "llm" and hook.pool == "mean"]
     places = there if layers is None else [Hook("llm", layer) for layer in layers]
-    settings = {"modal": modal.run.id, "text": text.run.id, "modes": modes, "threshold": threshold, "scaled": scaled}
+    settings = {"modal": modal.run.id, "items": modal.kept, "text": text.run.id, "texts": text.kept, "group": group}
+    settings |= {"modes": modes, "threshold": threshold, "scaled": scaled}
     steps = Steps(out, {"experiment": "directions"} | settings | {"draws": draws, "seed": seed})
     constant = {"model": modal.model, "data": modal.data, "texts": text.data, "n": len(modal), "n_texts": len(text), "seed": seed}
 
     def read(hook: Hook) -> pl.DataFrame:
-        return _rows(modal.at(hook), text.at(hook), hook.layer, constant, modes, threshold, scaled, draws, seed)
+        return _rows(
+            modal.at(hook), text.at(hook), hook.layer, constant, modes, threshold, scaled, draws, seed, modal.groups(group)
+        )
 
     wanted = ticking(places, "directions", progress)
     table = pl.concat([steps.table(f"llm-{hook.layer}", partial(read, hook)) for hook in wanted])
-    return Finding(table, *_sentence(table, places[0].layer))
+    return Finding(table, *_sentence(table, places[0].layer), {"group": group, "seconds": steps.seconds})
 
 
 def _rows(
@@ -213,17 +230,18 @@ def _rows(
     scaled: bool,
     draws: int,
     seed: int,
+    groups: np.ndarray | None,
 ) -> pl.DataFrame:
     found = directions(x, y, modes, threshold, scaled)
-    varied = stability(found, x, y, draws, seed, threshold, scaled)
+    varied = stability(found, x, y, draws, seed, threshold, scaled, groups)
     count = int(found.specific.sum())
     of_layer: dict[str, Any] = {"specific_modes": count, "specific_share": found.specific_share}
     of_layer |= dict(zip(("share_low", "share_high"), _percentiles(varied.shares), strict=True))
     known = varied.overlaps[np.isfinite(varied.overlaps)]
     of_layer |= {"overlap": float(known.mean()) if len(known) else None}
     of_layer |= dict(zip(("overlap_low", "overlap_high"), _percentiles(known), strict=True))
-    typical = max(count, float(np.median(varied.counts))) if draws else count
-    of_layer |= {"overlap_random": typical / x.shape[1]}
+    chances = varied.chances[np.isfinite(varied.chances)]
+    of_layer |= {"overlap_random": float(chances.mean()) if len(chances) else None}
     return pl.DataFrame(
         [
             constant
@@ -241,7 +259,8 @@ def _rows(
             for k in range(len(found.variances))
         ],
         schema_overrides={
-            name: pl.Float64 for name in ("share_low", "share_high", "overlap", "overlap_low", "overlap_high", "stability")
+            name: pl.Float64
+            for name in ("share_low", "share_high", "overlap", "overlap_low", "overlap_high", "overlap_random", "stability")
         },
     )
 
@@ -263,7 +282,8 @@ def _sentence(table: pl.DataFrame, layer: int) -> tuple[str, Interval]:
     stable = (
         ""
         if row["overlap"] is None
-        else f"; drawn anew, their span overlaps with itself by {row['overlap']:.2f} (chance {row['overlap_random']:.2f})"
+        else f"; drawn anew, their span overlaps with itself by {row['overlap']:.2f} (as many modes at random: "
+        f"{row['overlap_random']:.2f})"
     )
     return (
         f"At {place} of {row['model']}, {row['specific_modes']} of the {modes} largest modes of {row['data']} are modality-specific "

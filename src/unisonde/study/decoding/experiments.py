@@ -12,7 +12,7 @@ them begins with another.
 
 from __future__ import annotations
 
-import time
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,7 +37,7 @@ from unisonde.study.decoding.probes import probes
 from unisonde.study.decoding.splits import splits
 
 PHRASES = ("The {0} is {1}.", "{0}: {1}.", "{1} is the {0}.", "Its {0} is {1}.", "There is a {0} here, and it is {1}.")
-"""How an attribute is put into words, in turn."""
+"""How an attribute is put into words, by lot."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Setting:
         group: the label by which items are kept together.
         response: the label that holds what the model should say, the attribute itself if None; for `lora`, the control.
         name: of the data.
+        retry: take items that failed in an earlier call again.
     """
 
     model: Bridged
@@ -66,17 +67,18 @@ class Setting:
     folds: int = 5
     draws: int = 10
     seed: int = 0
+    retry: bool = False
     progress: bool = True
 
     @cached_property
     def features(self) -> Features:
-        return collect(self.model, self.items, self.out / "features", name=self.name, progress=self.progress)
+        return self._collected(self.items, "features", self.name)
 
     @cached_property
     def of_texts(self) -> Features:
         if not self.texts:
             raise ValueError("this experiment needs texts, for their covariance; name some data with --texts")
-        return collect(self.model, self.texts, self.out / "texts", name="texts", progress=self.progress)
+        return self._collected(self.texts, "texts", "texts")
 
     def label(self, item: Item, attribute: str) -> str:
         """The label of an item.
@@ -114,8 +116,11 @@ class Setting:
 
     def in_words(self, attribute: str) -> list[Item]:
         """The items with an attribute in words in place of their sound or picture."""
-        said = [PHRASES[k % len(PHRASES)].format(attribute, self.label(item, attribute)) for k, item in enumerate(self.items)]
-        return [replace(item, prompt=words, audio=None, image=None) for item, words in zip(self.items, said, strict=True)]
+
+        def said(item: Item) -> str:  # by lot, since items may stand in an order of their labels
+            return random.Random(f"{self.seed}/{item.id}").choice(PHRASES).format(attribute, self.label(item, attribute))
+
+        return [replace(item, prompt=said(item), audio=None, image=None) for item in self.items]
 
     def scored_in_words(self, attribute: str) -> tuple[Features, Scores]:
         """Features of these words, and scores of the answers to the question after them."""
@@ -128,11 +133,14 @@ class Setting:
 
     def _whole(self, items: Sequence[Item], folder: str) -> Features:
         """Features of items of which none may fail."""
-        found = collect(self.model, items, self.out / folder, name=self.name, progress=self.progress)
+        found = self._collected(items, folder, self.name)
         if len(found) < len(items):
             failed = found.run.items().drop_nulls("error").row(0, named=True)
             raise ValueError(f"item {failed['item']!r} could not be taken ({failed['error']}); leave it out")
         return found
+
+    def _collected(self, items: Sequence[Item], folder: str, name: str) -> Features:
+        return collect(self.model, items, self.out / folder, name=name, retry=self.retry, progress=self.progress)
 
     def halves(self, attribute: str) -> tuple[list[int], list[int]]:
         """Numbers of items to take directions from, and of others to judge by; groups stay together."""
@@ -145,14 +153,17 @@ class Setting:
 
 def _probes(given: Setting) -> list[Finding]:
     return [
-        probes(
-            given.features,
-            attribute,
-            _unless(given.group, attribute),
-            folds=given.folds,
-            seed=given.seed,
-            out=given.out / f"probes-{attribute}",
-            progress=given.progress,
+        _of_features(
+            given,
+            probes(
+                given.features,
+                attribute,
+                _unless(given.group, attribute),
+                folds=given.folds,
+                seed=given.seed,
+                out=given.out / f"probes-{attribute}",
+                progress=given.progress,
+            ),
         )
         for attribute in given.attributes
     ]
@@ -160,7 +171,14 @@ def _probes(given: Setting) -> list[Finding]:
 
 def _directions(given: Setting) -> list[Finding]:
     kept = given.out / "directions"
-    return [compare_layers(given.features, given.of_texts, seed=given.seed, out=kept, progress=given.progress)]
+    found = compare_layers(given.features, given.of_texts, group=given.group, seed=given.seed, out=kept, progress=given.progress)
+    return [_of_features(given, found)]
+
+
+def _of_features(given: Setting, found: Finding) -> Finding:
+    """With what the features of the items took, and how many items have none."""
+    failed = len(given.items) - len(given.features)
+    return replace(found, used={**found.used, "failed": failed, "seconds": found.used.get("seconds", 0.0) + given.features.seconds})
 
 
 def _ablate(given: Setting) -> list[Finding]:
@@ -190,13 +208,18 @@ def _ablated(given: Setting, attribute: str) -> Finding:
         progress=given.progress,
     )
     about = {"attribute": attribute, "response": said or attribute, "answers": len(answers)}
-    return replace(made, table=made.table.select(*(pl.lit(value).alias(name) for name, value in about.items()), pl.all()))
+    table = made.table.select(*(pl.lit(value).alias(name) for name, value in about.items()), pl.all())
+    used = {**made.used, "group": _unless(given.group, attribute)}
+    return _of_features(given, replace(made, table=table, used=used))
 
 
 def _gmi(given: Setting) -> list[Finding]:
-    return [
-        gmi(
-            *given.scored(attribute),
+    found = []
+    for attribute in given.attributes:
+        features, scores = given.scored(attribute)
+        one = gmi(
+            features,
+            scores,
             attribute,
             group=_unless(given.group, attribute),
             folds=given.folds,
@@ -204,35 +227,36 @@ def _gmi(given: Setting) -> list[Finding]:
             out=given.out / f"gmi-{attribute}",
             progress=given.progress,
         )
-        for attribute in given.attributes
-    ]
+        found.append(replace(one, used={**one.used, "seconds": one.used["seconds"] + features.seconds}))
+    return found
 
 
 def _bound(given: Setting) -> list[Finding]:
     place, found = Hook("llm", 0), []
     vocabulary = given.model.language_model.get_input_embeddings().num_embeddings
     for attribute in given.attributes:
+        group = _unless(given.group, attribute)
         features, scores = given.scored(attribute)
         words, in_words = given.scored_in_words(attribute)
-        losses = lost(
-            features, scores, in_words, attribute, group=_unless(given.group, attribute), folds=given.folds, seed=given.seed
-        )
+        losses = lost(features, scores, in_words, attribute, group=group, folds=given.folds, seed=given.seed)
         right = [f"{given.label(item, attribute)}." for item in given.items]
-        gradients = sensitivity(given.model, given.asked(attribute), right, given.progress)
+        kept = given.out / f"sensitivity-{attribute}"
+        gradients = sensitivity(given.model, given.asked(attribute), right, kept, given.progress)
         labels = features.labels(attribute)
-        found.append(
-            bound(
-                attribute,
-                gradients,
-                features.at(place),
-                words.at(place),
-                losses,
-                vocabulary,
-                labels=labels,
-                text_labels=labels,
-                seed=given.seed,
-            )
+        one = bound(
+            attribute,
+            gradients,
+            features.at(place),
+            words.at(place),
+            losses,
+            vocabulary,
+            labels=labels,
+            text_labels=labels,
+            groups=features.groups(group),
+            seed=given.seed,
         )
+        seconds = one.used["seconds"] + features.seconds + words.seconds + scores.seconds + in_words.seconds
+        found.append(replace(one, used={"group": group, "folds": given.folds, "seconds": seconds}))
     return found
 
 
@@ -310,15 +334,15 @@ def decode(name: str, model: Model, given: dict[str, Any]) -> list[Finding]:
     if name in ("probes", "gmi", "bound"):
         for attribute in setting.attributes:
             setting.check(attribute, asked=name != "probes")
+    if name == "ablate":
+        for attribute in setting.attributes:
+            model.tokens_of_answers(setting.answers(attribute))
     about = {"model": model.name, "data": setting.name, "items": len(setting.items)}
     setting.out.mkdir(parents=True, exist_ok=True)
     results.check(setting.out, about)
     asked_by = session(model.device)
-    began = time.monotonic()
     found = EXPERIMENTS[name](setting)
-    asked: dict[str, Any] = {"folds": setting.folds, "draws": setting.draws, "seed": setting.seed, "group": setting.group}
-    asked |= {"texts": len(setting.texts), "seconds": round(time.monotonic() - began, 1)}
-    table = results.add(setting.out, name, found, about, asked, asked_by)
+    table = results.add(setting.out, name, found, about, {"seed": setting.seed}, asked_by)
     if name == "bound" and len(table) > 2:
         ordered = order(table)
         results.tell(setting.out, name, ordered)

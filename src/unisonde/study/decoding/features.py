@@ -145,6 +145,16 @@ class Features:
             raise ValueError(f"item {self.table.filter(held.is_null())['item'][0]!r} has no label {attribute!r}; leave it out")
         return np.array(held.to_list())
 
+    @property
+    def seconds(self) -> float:
+        """How long it took to take them."""
+        return float(self.run.items()["seconds"].sum())
+
+    @cached_property
+    def kept(self) -> str:
+        """A digest of the items that could be taken."""
+        return hashlib.sha256("\n".join(self.table["item"]).encode()).hexdigest()[:16]
+
     def groups(self, group: str | None) -> np.ndarray | None:
         """The labels by which items are kept together, or None."""
         return None if group is None else self.labels(group)
@@ -235,6 +245,8 @@ def _part(
             [flags] = model.show([item], Trace(vectors), truncate)
             row |= {"flags": ",".join(flags), "n_prompt": vectors.positions}
             rows.append({"item": item.id} | {LABEL + name: held.get(name) for name in names} | vectors.read())
+        except (MemoryError, torch.OutOfMemoryError):  # of the machine, not of the item
+            raise
         except Exception as error:  # one item that fails is recorded, and the others go on
             row["error"] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         part.items.append(row | {"seconds": time.monotonic() - began})
@@ -263,7 +275,8 @@ class _Vectors:
         self.taken[Hook(seen.stack, seen.layer)] = held.double().mean(0).float()
         if seen.stack == "llm":
             self.positions = len(held)
-            self.taken[Hook(seen.stack, seen.layer, "last")] = seen.states[-1].float()
+            # A copy: a view would keep the states of all positions.
+            self.taken[Hook(seen.stack, seen.layer, "last")] = seen.states[-1].float().clone()
 
     def read(self) -> dict[str, np.ndarray]:
         """By column: all vectors of one width leave their device together."""

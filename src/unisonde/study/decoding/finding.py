@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +18,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from unisonde.measure import Interval, bootstrap
-from unisonde.runs.run import compare, flush, write_whole
+from unisonde.measure import Interval, bootstrap, paired_permutation
+from unisonde.runs.run import flush, write_whole
 from unisonde.study.decoding.splits import coded
 
 S = TypeVar("S")
@@ -33,11 +34,13 @@ class Finding:
         table: tidy, one row a measured thing.
         sentence: what was found, with its interval.
         interval: that interval.
+        used: how it was found: `group`, `folds`, items `judged`, whatever there is of it, and `seconds`.
     """
 
     table: pl.DataFrame
     sentence: str
     interval: Interval
+    used: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def attribute(self) -> str:
@@ -63,6 +66,14 @@ def _ratio(totals: np.ndarray) -> Any:
     return totals[:, 0].sum() / totals[:, 1].sum()
 
 
+def flipped(values: np.ndarray, groups: Sequence[Any] | np.ndarray | None = None, seed: int = 0) -> float:
+    """p of a mean of differences (n,) against zero, by random signs of items, or of whole groups."""
+    if groups is not None:
+        numbers, names = coded(groups)
+        values = np.bincount(numbers, values, len(names))
+    return paired_permutation(values, np.zeros_like(values), seed=seed).p
+
+
 def said(found: Interval, form: str = "{:.2f}") -> str:
     """`0.95 (0.91 to 0.98)`; what rounds to zero has no sign."""
 
@@ -76,45 +87,42 @@ def said(found: Interval, form: str = "{:.2f}") -> str:
 class Steps:
     """The finished steps of an experiment in a folder, each a table that is written whole; without a folder, nothing is kept.
 
+    Steps of other settings have a folder of their own beside them, so that nothing old is taken for new.
+
     Args:
         folder: where they are, or None.
-        settings: what was asked for; steps of anything else are refused.
+        settings: what was asked for.
 
     Raises:
-        ValueError: the folder holds steps of another experiment (the sentence says what differs), or something else.
         OSError: it cannot be written.
     """
 
     def __init__(self, folder: Path | str | None, settings: Mapping[str, Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
+        self.seconds = 0.0
+        """How long the steps of these settings took to make, in this call and earlier ones."""
+        self.folder = None
+        if folder is None:
             return
-        wanted = json.loads(json.dumps(settings))  # as it will be read back
-        path = self.folder / "settings.json"
-        if path.is_file():
-            if differences := compare(json.loads(path.read_text(encoding="utf-8")), wanted):
-                raise ValueError(f"{self.folder} holds an experiment with {'; '.join(differences[:4])}; name another folder")
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} holds files that are no experiment; name another folder")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(wanted, indent=1) + "\n")
+        written = json.dumps(settings, indent=1, sort_keys=True)
+        self.folder = Path(folder) / hashlib.sha256(written.encode()).hexdigest()[:12]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "settings.json").exists():
+            write_whole(self.folder / "settings.json", written + "\n")
+        if (self.folder / "seconds.json").exists():
+            self.seconds = float(json.loads((self.folder / "seconds.json").read_text(encoding="utf-8")))
 
     def table(self, name: str, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
         """The table of a step: as it was kept, or made and kept now."""
-        if self.folder is None:
-            return make()
-        path = self.folder / f"{name}.parquet"
-        if path.is_file():
+        path = None if self.folder is None else self.folder / f"{name}.parquet"
+        if path is not None and path.is_file():
             return pl.read_parquet(path)
+        began = time.monotonic()
         made = make()
-        write_table(made, path)
+        self.seconds += time.monotonic() - began
+        if path is not None:
+            write_table(made, path)
+            write_whole(path.with_name("seconds.json"), f"{self.seconds}\n")
         return made
-
-    def clear(self) -> None:
-        """Forget all steps."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def write_table(table: pl.DataFrame, path: Path) -> None:

@@ -52,12 +52,14 @@ class Scores:
         answers: the K answers.
         items: ids of the n items.
         digest: of the items, as they were shown.
+        seconds: how long it took to take them.
     """
 
     values: np.ndarray
     answers: tuple[str, ...]
     items: tuple[str, ...]
     digest: str
+    seconds: float = 0.0
 
 
 def collect_scores(
@@ -72,7 +74,8 @@ def collect_scores(
         ValueError: an item cannot be taken, or an answer is empty or begins with another.
     """
     digest = data_digest(items)
-    steps = Steps(out, {"experiment": "scores", "model": model.identity(), "items": digest, "answers": list(answers)})
+    settings = {"model": model.identity(), "items": digest, "answers": list(answers), "chunk": CHUNK}
+    steps = Steps(out, {"experiment": "scores"} | settings)
 
     def score(some: Sequence[Item]) -> pl.DataFrame:
         with torch.inference_mode():
@@ -83,7 +86,7 @@ def collect_scores(
     starts = ticking(range(0, len(items), CHUNK), "scores of answers", progress)
     table = pl.concat([steps.table(f"{k:05d}", partial(score, items[k : k + CHUNK])) for k in starts])
     values = np.stack([table[name].to_numpy() for name in table.columns[1:]], axis=1)
-    return Scores(values, tuple(answers), tuple(table["item"]), digest)
+    return Scores(values, tuple(answers), tuple(table["item"]), digest, steps.seconds)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,8 @@ def gmi(
     outer = splits(features.labels(attribute), groups, folds, seed)
     count = scores.values.shape[1]
     places = list(range(count)) if layers is None else list(layers)
-    settings = {"run": features.run.id, "answers": list(scores.answers), "attribute": attribute, "group": group, "folds": folds}
+    settings = {"run": features.run.id, "items": features.kept, "answers": list(scores.answers), "answer_of": answer_of}
+    settings |= {"attribute": attribute, "group": group, "folds": folds}
     settings |= {"scores": float(np.nan_to_num(scores.values, neginf=-1e9).sum())}
     steps = Steps(out, {"experiment": "gmi"} | settings | {"draws": draws, "seed": seed})
     constant = {"model": features.model, "data": features.data, "attribute": attribute, "group": group or "", "n": len(labels)}
@@ -167,16 +171,22 @@ def gmi(
 
     wanted = ticking(places, f"present and usable: {attribute}", progress)
     table = pl.concat([steps.table(f"layer-{layer:03d}", partial(read, layer)) for layer in wanted])
-    return Finding(table, *_sentence(table.row(-1, named=True), last=places[-1] == count - 1))
+    used = {"group": group, "folds": folds, "seconds": steps.seconds + scores.seconds}
+    return Finding(table, *_sentence(table.row(-1, named=True), last=places[-1] == count - 1), used)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """GMI of a model's scores about one attribute, in bits: told in words, heard or seen, and the difference, item by item."""
+    """GMI of a model's scores about one attribute, in bits: told in words, heard or seen, and the difference, item by item.
+
+    Attributes:
+        tilt: s of the larger of the two, the scale at which their difference is bounded.
+    """
 
     words: Interval
     modal: Interval
     lost: Interval
+    tilt: float = 1.0
 
 
 def lost(

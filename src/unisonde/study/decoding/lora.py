@@ -39,7 +39,7 @@ from unisonde.study.decoding.finding import Finding, Steps, said, ticking
 from unisonde.study.decoding.gmi import held_out
 from unisonde.study.decoding.probes import predict
 from unisonde.study.decoding.splits import Split, coded, splits
-from unisonde.train.lora import Lesson, LoraRecipe, learn, tuned
+from unisonde.train.lora import Lesson, LoraRecipe, learn, require, tuned
 
 BEFORE = "before"
 QUANTITIES = {"v_information": "bits", "v_mean": "bits", "gmi": "bits", "accuracy": "share", "decoder_accuracy": "share"}
@@ -109,7 +109,8 @@ def lora(
 
     Returns:
         A table with one row an objective (`trained`: `attribute` or `control`), an attribute read, a quantity (`QUANTITIES`) and a
-        seed, and one over all seeds (`seed` is null): `before`, `after`, `change`, and over all seeds `low` and `high` of the change.
+        seed, and one over all seeds (`seed` is null): `before`, `after`, `change`, and over all seeds `low` and `high` of the change,
+        and how much `more` it is than after the control, with `more_low` and `more_high`.
 
     Raises:
         ValueError: items are learnt from and judged by, the attribute is not asked about, there are fewer than 2 seeds, a label is
@@ -117,6 +118,7 @@ def lora(
     """
     recipe = recipe or LoraRecipe()
     _check(objective, control, questions, seeds)
+    require()
     for question in questions:  # before anything is trained
         question.splits(folds, seed)
         model.tokens_of_answers(question.answers)
@@ -128,7 +130,7 @@ def lora(
         for q in questions
     ]
     steps = Steps(out, settings | {"folds": folds, "seed": seed, "groups": [list(q.groups or ()) for q in questions]})
-    work = _Work(model, recipe, objective, control, questions, folds, seed, None if out is None else Path(out), progress)
+    work = _Work(model, recipe, objective, control, questions, folds, seed, steps.folder, progress)
 
     names = [(BEFORE, seed)] + [(which, seed + k) for k in range(seeds) for which in ("attribute", "control")]
     held = {(which, number): steps.table(f"{which}-{number}", partial(work.measured, which, number)) for which, number in names}
@@ -136,7 +138,8 @@ def lora(
     constant = {"model": model.name, "attribute": objective.name, "control": control.name, "n": len(questions[0].items)}
     constant |= {"learnt_from": len(objective.items), "seeds": seeds, "steps": recipe.schedule.steps, "rank": recipe.rank}
     table = table.select(*(pl.lit(value).alias(name) for name, value in constant.items()), pl.all())
-    return Finding(table, *_sentence(table, questions))
+    used = {"judged": len(questions[0].items), "folds": folds, "seconds": steps.seconds}
+    return Finding(table, *_sentence(table, questions), used)
 
 
 def _check(objective: Objective, control: Objective, questions: Sequence[Question], seeds: int) -> None:
@@ -263,7 +266,12 @@ def _changes(
                 change = crossed(after - before, question.groups, draws, seed)
                 rows.append(row | {"seed": None, "after": float(after.mean()), "change": change.value})
                 rows[-1] |= {"low": change.low, "high": change.high}
-    schema = {"seed": pl.Int64, "low": pl.Float64, "high": pl.Float64}
+                if which == "attribute":  # what is owed to the objective, and not to learning anything at all
+                    control = np.stack([held["control", number].filter(own)[quantity].to_numpy() for number in seeds])
+                    more = crossed(after - control, question.groups, draws, seed)
+                    rows[-1] |= {"more": more.value, "more_low": more.low, "more_high": more.high}
+    schema: dict[str, Any] = {"seed": pl.Int64}
+    schema |= dict.fromkeys(("low", "high", "more", "more_low", "more_high"), pl.Float64)
     return pl.DataFrame(rows, schema_overrides=schema, infer_schema_length=None)
 
 
@@ -283,10 +291,11 @@ def crossed(values: np.ndarray, groups: Sequence[str] | None = None, draws: int 
 
 
 def _sentence(table: pl.DataFrame, questions: Sequence[Question]) -> tuple[str, Interval]:
-    def change(which: str, attribute: str, quantity: str = "gmi") -> Interval:
+    def change(which: str, attribute: str, quantity: str = "gmi", of: str = "") -> Interval:
         chosen = (pl.col("trained") == which) & (pl.col("read") == attribute) & (pl.col("quantity") == quantity)
         [row] = table.filter(chosen & pl.col("seed").is_null()).to_dicts()
-        return Interval(row["change"], row["low"], row["high"], math.nan, 0.95, row["n"])
+        value, low, high = (row[f"{of}_{end}" if of and end != "change" else of or end] for end in ("change", "low", "high"))
+        return Interval(value, low, high, math.nan, 0.95, row["n"])
 
     first = table.row(0, named=True)
     attribute, form = first["attribute"], "{:+.2f}"
@@ -298,10 +307,12 @@ def _sentence(table: pl.DataFrame, questions: Sequence[Question]) -> tuple[str, 
     if risen == [attribute] and rest:
         verdict = f"rises for {attribute} alone"
     others = "".join(f"; of {name} {said(interval, form)}" for name, interval in rest.items())
+    more = change("attribute", attribute, of="more")
+    owed = "which the objective did" if more.low > 0 else "so it is not shown that the objective did it"
     return (
         f"After LoRA of rank {first['rank']} on {attribute} ({first['learnt_from']} items, {first['seeds']} seeds), what the decoder "
         f"of {first['model']} uses {verdict}: on {first['n']} other items GMI of {attribute} changes by {said(own, form)} bits (a probe "
         f"of the same state by {said(present, form)}){others}. After the control, {first['control']}, that of {attribute} changes by "
-        f"{said(other, form)}.",
+        f"{said(other, form)}, {said(more, form)} less" + (f", {owed}." if attribute in risen else "."),
         own,
     )

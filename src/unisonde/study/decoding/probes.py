@@ -79,9 +79,7 @@ def predict(
 
     Args:
         strengths: inverse regularisations to choose from within each training part, `STRENGTHS` if None; a single one is taken as it is.
-
-    Raises:
-        ValueError: the inner folds of a training part would leave a label out.
+            Where the inner folds of a training part would leave a label out, the strongest regularisation is taken.
     """
     strengths = STRENGTHS if strengths is None else strengths
     classes = int(labels.max()) + 1
@@ -101,8 +99,12 @@ def _choose(
     own, x, labels = None if groups is None else groups[train], x[train], labels[train]
     units = np.arange(len(labels)) if own is None else own
     fewest = min(len(np.unique(units[labels == label])) for label in np.unique(labels))
+    try:
+        inner = splits(labels, own, max(2, min(INNER, fewest)), seed)
+    except ValueError:  # a label in one group, or groups that cannot be dealt: nothing to choose by
+        return min(strengths)
     losses = np.zeros(len(strengths))
-    for split in splits(labels, own, max(2, min(INNER, fewest)), seed):
+    for split in inner:
         right = np.arange(len(split.test))
         for k, predicted in enumerate(_fitted(x[split.train], labels[split.train], x[split.test], strengths)):
             losses[k] -= predicted[right, labels[split.test]].sum()
@@ -182,9 +184,10 @@ def probes(
     """
     labels, names = coded(features.labels(attribute))
     groups = features.groups(group)
-    outer = splits(labels, groups, folds, seed)
+    outer = splits(features.labels(attribute), groups, folds, seed)
     places = features.hooks if hooks is None else list(hooks)
-    settings = {"run": features.run.id, "attribute": attribute, "group": group, "folds": folds, "shuffles": shuffles}
+    settings = {"run": features.run.id, "items": features.kept, "attribute": attribute, "group": group, "folds": folds}
+    settings |= {"shuffles": shuffles}
     steps = Steps(out, {"experiment": "probes"} | settings | {"draws": draws, "seed": seed, "strengths": list(STRENGTHS)})
     constant = {"model": features.model, "data": features.data, "attribute": attribute, "group": group or ""}
     constant |= {"n": len(labels), "labels": len(names), "folds": folds, "seed": seed}
@@ -196,7 +199,7 @@ def probes(
     table = pl.concat([steps.table(hook.column.replace(":", "-"), partial(read, hook)) for hook in wanted])
     table = _with_retention(table)
     last = features.last if features.last in places else places[-1]
-    return Finding(table, *_sentence(table, last, names, group))
+    return Finding(table, *_sentence(table, last, names, group), {"group": group, "folds": folds, "seconds": steps.seconds})
 
 
 def _row(

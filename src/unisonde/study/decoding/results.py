@@ -98,7 +98,7 @@ def add(
 
     Args:
         about: `ABOUT`.
-        asked: settings that stand with each finding.
+        asked: settings that stand with each finding, beside what it used.
         session: who asks, when.
     """
     told_path, table_path = out / f"{name}.json", out / f"{name}.parquet"
@@ -114,7 +114,7 @@ def add(
             kept = kept.filter(~pl.col("attribute").is_in(sorted(new)))
             table = pl.concat([kept, table], how="diagonal_relaxed")
     told["sessions"] = [*told["sessions"], dict(session)]
-    told["findings"] = [*told["findings"], *(_told(finding) | dict(asked) for finding in found)]
+    told["findings"] = [*told["findings"], *(_told(finding) | dict(asked) | dict(finding.used) for finding in found)]
     write_table(table, table_path)
     write_whole(told_path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     return table
