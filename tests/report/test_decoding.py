@@ -175,7 +175,7 @@ def test_a_grid_without_intervals_or_points() -> None:
 
 
 def _look():
-    from unisonde.report.decoding import PRESENT
+    from unisonde.report.decoding_parts import PRESENT
 
     return PRESENT
 

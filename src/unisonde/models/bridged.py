@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from unisonde.data.item import Item, Task
 from unisonde.models.base import Generation, Model, Response, fingerprint, item_seed
+from unisonde.models.parts.answers import AnswerTokens
 from unisonde.models.parts.decoder import find_stack
 from unisonde.models.parts.pretrained import TOKENS, ends_of, pad_of, window_of
 from unisonde.models.parts.segments import spans_of
@@ -402,7 +403,7 @@ class Bridged(Model):
                 logits.append(
                     self.language_model(inputs_embeds=self._words(ids[:, :-1]), past_key_values=cache, use_cache=True).logits
                 )
-        said = _Said.of(tails, self.device)
+        said = AnswerTokens.of(tails, self.device)
         own = said.sums(said.reading(logits)[None])
         if not layers:
             return own[0]
@@ -410,45 +411,3 @@ class Bridged(Model):
         read = torch.stack([said.reading(states[layer]) for layer in range(self.llm.depth + 1)])
         several = read.split(max(1, LENS_ROWS // read.shape[1]))
         return torch.cat([*(said.sums(head(norm(some))) for some in several), own])
-
-
-@dataclass(frozen=True)
-class _Said:
-    """The tokens of K answers: the first of each, (K,); of the m others their answer, their place after the first, themselves, (m,)."""
-
-    first: Tensor
-    answer: Tensor
-    place: Tensor
-    token: Tensor
-
-    @classmethod
-    def of(cls, tails: Sequence[list[int]], device: torch.device) -> _Said:
-        others = [(k, place, token) for k, tail in enumerate(tails) for place, token in enumerate(tail[1:])]
-        columns = torch.tensor(others, dtype=torch.long).reshape(-1, 3).T.to(device)
-        return cls(torch.tensor([tail[0] for tail in tails], device=device), *columns)
-
-    def reading(self, parts: Sequence[Tensor]) -> Tensor:
-        """Rows from which tokens are read, (1 + m, d): the last of the prompt, (1, 1, d), then of the answers, (K, T - 1, d) if any."""
-        return torch.cat([parts[0][0], *(rest[self.answer, self.place] for rest in parts[1:])])
-
-    def sums(self, logits: Tensor) -> Tensor:
-        """Log-probabilities of the answers, (l, K), from logits of those rows, (l, 1 + m, V)."""
-        logits = logits.float()
-        whole = logits.logsumexp(-1)
-        later = logits[:, 1:].gather(2, self.token[:, None].expand(len(logits), -1, 1))[..., 0] - whole[:, 1:]
-        return (logits[:, 0, self.first] - whole[:, :1]).index_add(1, self.answer, later)
-
-
-def with_features(
-    ids: Sequence[int], spans: Sequence[Span], at: int, count: int, placeholder: int, modality: Modality, replaced: int = 0
-) -> tuple[list[int], tuple[Span, ...]]:
-    """A prompt with `count` places for features put in at position `at`, where `replaced` tokens go."""
-    kinds = kinds_of(spans)
-    places: list[tuple[Modality, Kind]] = [(modality, "content")] * count
-    tokens = [*ids[:at], *[placeholder] * count, *ids[at + replaced :]]
-    return tokens, spans_of(kinds[:at] + places + kinds[at + replaced :])
-
-
-def kinds_of(spans: Sequence[Span]) -> list[tuple[Modality, Kind]]:
-    """Modality and kind of each position."""
-    return [(span.modality, span.kind) for span in spans for _ in range(len(span))]

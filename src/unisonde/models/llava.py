@@ -25,11 +25,11 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, CLIPVisionMod
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from unisonde.data.item import Item
-from unisonde.models.bridged import Bridged, Prompted, with_features
+from unisonde.models.bridged import Bridged, Prompted
 from unisonde.models.parts.checkpoint import Keys, Rename, empty, fill, tensors_of, weight_files
 from unisonde.models.parts.pretrained import load_tokenizer, part, read_json, settled, source_of
 from unisonde.models.parts.prompts import check_marks
-from unisonde.models.parts.segments import Segment, content, encode, template
+from unisonde.models.parts.segments import Segment, content, encode, template, with_features
 from unisonde.models.trace import Stack
 
 IMAGE = "<image>"

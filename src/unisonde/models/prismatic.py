@@ -27,11 +27,11 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, Ll
 
 from unisonde.data.item import Item
 from unisonde.models.base import Generation
-from unisonde.models.bridged import Bridged, Prompted, with_features
+from unisonde.models.bridged import Bridged, Prompted
 from unisonde.models.parts import siglip
 from unisonde.models.parts.checkpoint import Keys, Rename, empty, fill, tensors_of, weight_files
 from unisonde.models.parts.pretrained import VOCABULARIES, load_tokenizer, reach, read_json, settled
-from unisonde.models.parts.segments import Segment, content, encode, template
+from unisonde.models.parts.segments import Segment, content, encode, template, with_features
 from unisonde.models.trace import Stack
 
 SYSTEM = (

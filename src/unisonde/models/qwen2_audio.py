@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, Qwen2AudioConfig, WhisperFeatureE
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder, Qwen2AudioMultiModalProjector
 
 from unisonde.data.item import Item
-from unisonde.models.bridged import Bridged, Prompted, with_features
+from unisonde.models.bridged import Bridged, Prompted
 from unisonde.models.parts.checkpoint import Keys, Rename, empty, fill, tensors_of, weight_files
 from unisonde.models.parts.pretrained import load_tokenizer, part, read_json, settled, source_of
 from unisonde.models.parts.prompts import check_marks
-from unisonde.models.parts.segments import Segment, content, encode, template
+from unisonde.models.parts.segments import Segment, content, encode, template, with_features
 from unisonde.models.parts.whisper_encoder import positions_of, visible
 from unisonde.models.trace import Stack
 

@@ -28,12 +28,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unisonde.data.item import Item
-from unisonde.models.bridged import Bridged, Prompted, kinds_of, with_features
+from unisonde.models.bridged import Bridged, Prompted
 from unisonde.models.parts.chat import chat_segments, end_of_turn
 from unisonde.models.parts.checkpoint import Keys, Rename, empty, fill, tensors_of, weight_files
 from unisonde.models.parts.pretrained import load_tokenizer, reach, read_json, settled, source_of
 from unisonde.models.parts.quiet import quiet
-from unisonde.models.parts.segments import content, encode, spans_of, template
+from unisonde.models.parts.segments import content, encode, kinds_of, spans_of, template, with_features
 from unisonde.models.parts.whisper_encoder import encode as hear
 from unisonde.models.parts.whisper_encoder import in_pieces, log_mel, positions_of
 from unisonde.models.trace import Stack

@@ -11,7 +11,9 @@ import polars as pl
 
 from unisonde.report import grid_html, tables
 from unisonde.report.curves import number, percent
-from unisonde.report.decoding import attributes, grids, handed, rows_of, spelled
+from unisonde.report.decoding import grids
+from unisonde.report.decoding_information import handed
+from unisonde.report.decoding_parts import attributes, rows_of, spelled
 from unisonde.report.figures_html import safe_json
 from unisonde.report.grid import Grid
 from unisonde.report.page import plot

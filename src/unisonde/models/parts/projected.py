@@ -20,9 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from unisonde.data.item import Item
 from unisonde.models import smollm
 from unisonde.models.base import Generation
-from unisonde.models.bridged import Bridged, Prompted, kinds_of, with_features
+from unisonde.models.bridged import Bridged, Prompted
 from unisonde.models.parts.chat import chat_segments
-from unisonde.models.parts.segments import encode, spans_of, template
+from unisonde.models.parts.segments import encode, kinds_of, spans_of, template, with_features
 from unisonde.models.trace import Span, Stack
 
 Own = TypeVar("Own", bound="ProjectorSizes")

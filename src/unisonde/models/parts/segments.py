@@ -63,3 +63,18 @@ def spans_of(positions: Sequence[tuple[Modality, Kind]], role: Role = "prompt", 
         spans.append(Span(start, stop, role, modality, kind))
         start = stop
     return tuple(spans)
+
+
+def with_features(
+    ids: Sequence[int], spans: Sequence[Span], at: int, count: int, placeholder: int, modality: Modality, replaced: int = 0
+) -> tuple[list[int], tuple[Span, ...]]:
+    """A prompt with `count` places for features put in at position `at`, where `replaced` tokens go."""
+    kinds = kinds_of(spans)
+    places: list[tuple[Modality, Kind]] = [(modality, "content")] * count
+    tokens = [*ids[:at], *[placeholder] * count, *ids[at + replaced :]]
+    return tokens, spans_of(kinds[:at] + places + kinds[at + replaced :])
+
+
+def kinds_of(spans: Sequence[Span]) -> list[tuple[Modality, Kind]]:
+    """Modality and kind of each position."""
+    return [(span.modality, span.kind) for span in spans for _ in range(len(span))]

@@ -159,7 +159,7 @@ def ablate(
     asked = items if asked is None else asked
     _check(items, responses, asked, answers, labels)
     listed = conditions(found, draws, seed)
-    settings = {"model": model.identity(), "items": data_digest(items), "asked": data_digest(asked)}
+    settings: dict[str, Any] = {"model": model.identity(), "items": data_digest(items), "asked": data_digest(asked)}
     settings |= {"responses": None if responses is None else list(responses)}
     settings |= {"answers": list(answers or []), "labels": [int(label) for label in labels] if labels is not None else []}
     settings |= {"directions": _digest(found), "draws": draws, "seed": seed}
@@ -248,18 +248,20 @@ def _scored(
     edit = removal(vectors, found.mean if condition.centring == "recentred" else None, model.device)
 
     @torch.inference_mode()
-    def score(task: _Task) -> tuple[float | None, float | None]:
-        loss = None if task.prompted is None else model.loss_of(task.prompted, task.response)
-        if task.asked is None or answers is None:
-            return float(loss), None
-        scores = model.scores_of(task.asked, answers)
-        if loss is None:
+    def score(task: _Task) -> Tensor:
+        """Loss and hit; the hit is no number where there are no answers."""
+        hit = torch.tensor(math.nan, device=model.device)
+        if task.asked is not None and answers is not None:
+            scores = model.scores_of(task.asked, answers)
+            hit = (scores.argmax() == task.label).float()
             loss = -scores[task.label] / len(model.tokens_of(answers[task.label]))
-        return float(loss), float(int(scores.argmax()) == task.label)
+        if task.prompted is not None:
+            loss = model.loss_of(task.prompted, task.response)
+        return torch.stack([loss, hit])
 
     with model.edited(edit):
-        rows = side_by_side(score, tasks, model.device)
-    held = {"item": [task.item for task in tasks], "loss": [loss for loss, _ in rows], "hit": [hit for _, hit in rows]}
+        losses, hits = torch.stack(side_by_side(score, tasks, model.device)).T.tolist()
+    held = {"item": [task.item for task in tasks], "loss": losses, "hit": [None if hit != hit else hit for hit in hits]}
     return pl.DataFrame(held, schema={"item": pl.String, "loss": pl.Float64, "hit": pl.Float64})
 
 
@@ -302,9 +304,9 @@ def _sentence(table: pl.DataFrame) -> tuple[str, Interval]:
                 f"{other['modes']} text-aligned ones matched {name.removeprefix('aligned ')} ({other['share']:.1%}) "
                 f"{other['loss_change']:+.3f}"
             )
-    drawn = recentred.filter(pl.col("condition") == "random")["loss_change"]
-    if len(drawn):
-        others.append(f"random ones {drawn.min():+.3f} to {drawn.max():+.3f} in {len(drawn)} draw{'s' if len(drawn) > 1 else ''}")
+    drawn = recentred.filter(pl.col("condition") == "random")["loss_change"].to_list()
+    if drawn:
+        others.append(f"random ones {min(drawn):+.3f} to {max(drawn):+.3f} in {len(drawn)} draw{'s' if len(drawn) > 1 else ''}")
     return (
         f"Removing the variation along the {row['modes']} modality-specific directions of {row['model']} ({row['share']:.0%} of the "
         f"variance) changes the loss of the response by {said(change, '{:+.3f}')} nats a token; {', '.join(others)}.",

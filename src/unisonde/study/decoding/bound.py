@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -90,7 +91,7 @@ def sensitivity(
         return pl.DataFrame(side_by_side(norms, pairs, model.device), schema=["shift", "whole"], orient="row")
 
     pairs = list(zip(items, answers, strict=True))
-    settings = {"model": model.identity(), "items": data_digest(items), "answers": list(answers), "chunk": CHUNK}
+    settings: dict[str, Any] = {"model": model.identity(), "items": data_digest(items), "answers": list(answers), "chunk": CHUNK}
     steps = Steps(out, {"experiment": "sensitivity"} | settings)
     starts = ticking(range(0, len(pairs), CHUNK), "sensitivity", progress)
     table = pl.concat([steps.table(f"{k:05d}", partial(norms_of, pairs[k : k + CHUNK])) for k in starts])

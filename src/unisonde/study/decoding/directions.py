@@ -205,7 +205,7 @@ def compare_layers(
         raise ValueError(f"the modal features are of {modal.model} and those of texts of {text.model}; take both of one model")
     there = [hook for hook in modal.hooks if hook.stack == "llm" and hook.pool == "mean"]
     places = there if layers is None else [Hook("llm", layer) for layer in layers]
-    settings = {"modal": modal.run.id, "items": modal.kept, "text": text.run.id, "texts": text.kept, "group": group}
+    settings: dict[str, Any] = {"modal": modal.run.id, "items": modal.kept, "text": text.run.id, "texts": text.kept, "group": group}
     settings |= {"modes": modes, "threshold": threshold, "scaled": scaled}
     steps = Steps(out, {"experiment": "directions"} | settings | {"draws": draws, "seed": seed})
     constant = {"model": modal.model, "data": modal.data, "texts": text.data, "n": len(modal), "n_texts": len(text), "seed": seed}

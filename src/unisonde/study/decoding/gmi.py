@@ -74,7 +74,7 @@ def collect_scores(
         ValueError: an item cannot be taken, or an answer is empty or begins with another.
     """
     digest = data_digest(items)
-    settings = {"model": model.identity(), "items": digest, "answers": list(answers), "chunk": CHUNK}
+    settings: dict[str, Any] = {"model": model.identity(), "items": digest, "answers": list(answers), "chunk": CHUNK}
     steps = Steps(out, {"experiment": "scores"} | settings)
 
     def score(some: Sequence[Item]) -> pl.DataFrame:
@@ -158,7 +158,12 @@ def gmi(
     outer = splits(features.labels(attribute), groups, folds, seed)
     count = scores.values.shape[1]
     places = list(range(count)) if layers is None else list(layers)
-    settings = {"run": features.run.id, "items": features.kept, "answers": list(scores.answers), "answer_of": answer_of}
+    settings: dict[str, Any] = {
+        "run": features.run.id,
+        "items": features.kept,
+        "answers": list(scores.answers),
+        "answer_of": answer_of,
+    }
     settings |= {"attribute": attribute, "group": group, "folds": folds}
     settings |= {"scores": float(np.nan_to_num(scores.values, neginf=-1e9).sum())}
     steps = Steps(out, {"experiment": "gmi"} | settings | {"draws": draws, "seed": seed})
@@ -216,8 +221,9 @@ def lost(
     labels = _numbered(features.labels(attribute), scores.answers, answer_of, attribute)
     groups = features.groups(group)
     outer = splits(features.labels(attribute), groups, folds, seed)
-    told, modal = (held_out(one.values[rows, -1], labels, outer).bits for one in (in_words, scores))
-    return Loss(*(interval(bits, groups, draws, seed) for bits in (told, modal, told - modal)))
+    told, modal = (held_out(one.values[rows, -1], labels, outer) for one in (in_words, scores))
+    words, heard, between = (interval(bits, groups, draws, seed) for bits in (told.bits, modal.bits, told.bits - modal.bits))
+    return Loss(words, heard, between, float(np.median((told if between.value >= 0 else modal).tilts)))
 
 
 def _aligned(features: Features, scores: Scores) -> list[int]:

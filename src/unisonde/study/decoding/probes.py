@@ -186,10 +186,16 @@ def probes(
     groups = features.groups(group)
     outer = splits(features.labels(attribute), groups, folds, seed)
     places = features.hooks if hooks is None else list(hooks)
-    settings = {"run": features.run.id, "items": features.kept, "attribute": attribute, "group": group, "folds": folds}
+    settings: dict[str, Any] = {
+        "run": features.run.id,
+        "items": features.kept,
+        "attribute": attribute,
+        "group": group,
+        "folds": folds,
+    }
     settings |= {"shuffles": shuffles}
     steps = Steps(out, {"experiment": "probes"} | settings | {"draws": draws, "seed": seed, "strengths": list(STRENGTHS)})
-    constant = {"model": features.model, "data": features.data, "attribute": attribute, "group": group or ""}
+    constant: dict[str, Any] = {"model": features.model, "data": features.data, "attribute": attribute, "group": group or ""}
     constant |= {"n": len(labels), "labels": len(names), "folds": folds, "seed": seed}
 
     def read(hook: Hook) -> pl.DataFrame:
