@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from scipy.stats import binomtest
+from scipy.stats import binomtest, fisher_exact
 
 import unisonde
 from unisonde.cli import main
@@ -21,8 +21,8 @@ from unisonde.train.speech_smollm import Recipe, scores
 
 DIGITS_RIGHT, WORD_ERRORS, VOCABULARY = 0.97, 0.25, 200
 """Of held-out takes of digits, the least share right; of held-out sentences over so many words, the most errors a word."""
-COUNTS_RIGHT = 0.9
-"""Of held-out pictures, the least share of captions that count right."""
+COUNTS_RIGHT, NAMED = 0.65, 0.75
+"""Of held-out pictures, the least share of captions that count right; of their things, the least share that something is said of."""
 
 
 def read(name: str, file: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_the_record_of_the_pair(name: str) -> None:
         assert encoder["accuracy"] > 0.95
     else:
         assert encoder["error"] < 0.25 * encoder["constant"]
-    assert captions["pictures"] == 100 and captions["counts"] >= COUNTS_RIGHT
+    assert captions["pictures"] == 100 and captions["counts"] >= COUNTS_RIGHT and captions["named"] >= NAMED
 
 
 def test_the_pair_differs_in_its_objective_alone() -> None:
@@ -78,8 +78,12 @@ def test_the_pair_differs_in_its_objective_alone() -> None:
 def test_the_pair_captions_pictures_that_it_has_not_seen(name: str) -> None:
     found = vision_smollm.scores(unisonde.load(name), replace(vision_smollm.recipe_of(name), seed=77, held_out=24))
     recorded = read(name, "scores")["captions"]
-    assert binomtest(round(found["counts"] * 24), 24, COUNTS_RIGHT, alternative="less").pvalue > 0.001
-    assert abs(found["colours"] - recorded["colours"]) < 0.25 and found["named"] > 0.5
+    for what, n in (("counts", found["pictures"]), ("named", found["things"]), ("colours", found["things"])):
+        n_recorded = recorded["pictures" if what == "counts" else "things"]
+        right, right_recorded = round(found[what] * n), round(recorded[what] * n_recorded)
+        table = [[right, n - right], [right_recorded, n_recorded - right_recorded]]
+        assert fisher_exact(table).pvalue > 0.001, (what, found[what], recorded[what])
+        assert right > n / 3
 
 
 # ------------------------------------------------------------------------------------------------------------------ bad input
