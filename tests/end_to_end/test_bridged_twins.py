@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from unisonde.data import speech, spoken
 from unisonde.models.registry import packaged
 from unisonde.train import speech_smollm, vision_smollm
 from unisonde.train.speech_smollm import Recipe, scores
+
+from ..conftest import absent
 
 DIGITS_RIGHT, WORD_ERRORS, VOCABULARY = 0.97, 0.25, 200
 """Of held-out takes of digits, the least share right; of held-out sentences over so many words, the most errors a word."""
@@ -46,6 +49,8 @@ def test_the_record_of_speech_smollm() -> None:
 @pytest.mark.slow
 def test_speech_smollm_writes_what_is_said(speaker: Any, shared: Path) -> None:
     """On some of the held-out digits, and on sentences that neither its training nor its record has seen."""
+    if shutil.which(spoken.PROGRAM) is None:
+        absent("espeak-ng is not installed")
     held = {"digits": speech.fsdd(shared / "data/fsdd", "test")[::3], "sentences": spoken.items("text", "test", 20, 6)}
     seen = {one.labels["sentence"] for one in spoken.items("text", "train", Recipe().seed, 5)}
     assert not seen & {one.labels["sentence"] for one in held["sentences"]}
