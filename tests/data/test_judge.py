@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from scipy.ndimage import gaussian_filter
 
-from unisonde.data.tabletop.judge import _KINDS, Seen, _area, judge, read, read_all
+from unisonde.data.tabletop.judge import _KINDS, Seen, area, judge, read, read_all
 from unisonde.data.tabletop.render import coverage, render, render_array
 from unisonde.data.tabletop.scene import (
     BACKGROUNDS,
@@ -89,7 +89,7 @@ def crowded_scenes(count: int) -> list[Scene]:
     ("shape", "share"), [("square", 1), ("circle", math.pi / 4), ("triangle", 1 / 2), ("cross", 5 / 9), ("ring", 3 * math.pi / 16)]
 )
 def test_the_area_of_a_shape_is_the_closed_form(shape: str, size: str, share: float) -> None:
-    assert _area(shape, size).sum() == pytest.approx(share * SIZES[size] ** 2, rel=3e-4)
+    assert area(shape, size).sum() == pytest.approx(share * SIZES[size] ** 2, rel=3e-4)
 
 
 def test_the_judge_shares_no_code_with_the_renderer() -> None:
@@ -100,7 +100,7 @@ def test_the_judge_shares_no_code_with_the_renderer() -> None:
         "unisonde.data.tabletop.scene",
     }
     for kind in _KINDS:  # the renderer counts 8 x 8 points a pixel
-        np.testing.assert_allclose(_area(*kind), coverage(*kind), atol=1 / 16)
+        np.testing.assert_allclose(area(*kind), coverage(*kind), atol=1 / 16)
 
 
 def test_every_single_thing_is_read() -> None:

@@ -203,8 +203,9 @@ def bounds(results: Results, name: str, title: str) -> Grid:
         kind="points",
     )
     product = "sensitivity times W1 (bits)"
+    some = all(row["product"] > 0 for row in rows)  # zero, where nothing can be used of words either, has no place on a log axis
     axes = (
-        Axes("does the product predict the loss?", product, "GMI lost (bits)", (points,), zero=True, log_x=True),
+        Axes("does the product predict the loss?", product, "GMI lost (bits)", (points,), zero=True, log_x=some),
         Axes(
             "transport distance",
             "attribute",

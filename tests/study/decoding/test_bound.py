@@ -95,6 +95,8 @@ def test_the_product_and_its_bound() -> None:
 def test_orders() -> None:
     agreeing = order(pl.concat([one(str(k), k + 0.1, k).table for k in range(5)]))
     few = order(pl.concat([one(str(k), k + 0.1, k).table for k in range(3)]))
+    alike = order(pl.concat([one(str(k), 0.1, k).table for k in range(5)]))
+    assert "all are alike." in alike.sentence and math.isnan(alike.interval.value)
     assert "cannot be told" in few.sentence and "rank correlation 1.00, p = 0.17" in few.sentence
     assert agreeing.interval.value == pytest.approx(1.0) and agreeing.table["p"][0] == pytest.approx(1 / 120)
     assert "agrees with" in agreeing.sentence

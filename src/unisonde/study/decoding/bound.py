@@ -241,14 +241,18 @@ def order(table: pl.DataFrame) -> Finding:
     if len(table) < 3:
         raise ValueError(f"an order takes 3 attributes or more, got {len(table)}")
     products, lost = table["product"].to_numpy(), table["lost"].to_numpy()
-    rho = float(spearmanr(products, lost).statistic)
+    alike = len(np.unique(products)) == 1 or len(np.unique(lost)) == 1
+    rho = math.nan if alike else float(spearmanr(products, lost).statistic)
     p = _permuted(products, lost, rho)
     agree = Interval(rho, math.nan, math.nan, math.nan, 0.95, len(table))
-    if len(table) < TELLING:
-        word = "cannot be told to be that of the losses, or not: they are too few"
+    if alike:
+        word = "cannot be told to be that of the losses, or not, for all are alike"
+    elif len(table) < TELLING:
+        word = "cannot be told to be that of the losses, or not, for they are too few"
     else:
         word = "agrees with that of the losses" if rho > 0 and p < 0.05 else "is not shown to be that of the losses"
-    sentence = f"Over {len(table)} attributes the order of the products {word}: rank correlation {rho:.2f}, p = {p:.2f}."
+    numbers = "" if alike else f": rank correlation {rho:.2f}, p = {p:.2f}"
+    sentence = f"Over {len(table)} attributes the order of the products {word}{numbers}."
     return Finding(table.with_columns(rank_correlation=pl.lit(rho), p=pl.lit(p)), sentence, agree)
 
 
