@@ -287,7 +287,6 @@ def _bound(table: pl.DataFrame) -> str:
         "W1",
         "W1, halves\nof texts",
         "product\n(bits)",
-        "prefactor",
         "bound",
         "holds",
     )
@@ -301,7 +300,6 @@ def _bound(table: pl.DataFrame) -> str:
             spelled(row, "w1"),
             number(row["w1_null"]),
             f"{row['product']:.3g}",
-            f"{row['prefactor']:.3g}",
             f"{row['bound']:.3g}",
             "yes" if row["holds"] else "no",
         )

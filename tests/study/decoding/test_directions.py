@@ -79,6 +79,21 @@ def test_separate_modes_are_stable_and_alike_ones_are_not() -> None:
     assert varied.shares.min() < found.specific_share < varied.shares.max()
 
 
+def test_groups_are_drawn_whole() -> None:
+    """Sixteen copies of each item are no more than the item: what varies over draws is what varies over groups."""
+    x, y, _ = planted(n=25)
+    copies, groups = np.repeat(x, 16, axis=0), np.repeat(np.arange(25), 16)
+    found = directions(copies, y)
+    spreads = [stability(found, copies, y, draws=20, groups=of).shares.std() for of in (groups, None)]
+    assert spreads[0] > 2 * spreads[1] > 0
+
+
+def test_random_modes_overlap_less_than_those_of_a_planted_span() -> None:
+    x, y, _ = planted()
+    varied = stability(directions(x, y), x, y, draws=12)
+    assert len(varied.chances) == 12 and varied.overlaps.mean() > varied.chances.mean() + 0.2
+
+
 def test_layers_side_by_side(tmp_path) -> None:
     x, y, _ = planted(n=80)
     modal = folder_of(tmp_path / "m", {Hook("adapter", 1): x, Hook("llm", 0): x, Hook("llm", 1): y})
