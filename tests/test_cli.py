@@ -177,7 +177,8 @@ def test_decode_hands_on_what_was_asked(line, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(experiments, "decode", decode)
     monkeypatch.setattr("unisonde.report.decoding.draw", lambda folder, name: [folder / f"{name}.pdf", folder / f"{name}.png"])
     asked = ("decode", "gmi", "twin/janus-pro", "--data", "tabletop", "--attribute", "shape", "colour", "--limit", "3")
-    code, said, _ = line(*asked, "--out", tmp_path / "d", "--group", "scene")
+    code, said, _ = line(*asked, "--out", tmp_path / "d", "--group", "scene", "--retry")
+    assert seen["retry"]
     assert code == 0 and said.startswith("so it is.\nThe table is ") and "gmi.parquet, the figure " in said and "gmi.pdf." in said
     assert (seen["experiment"], seen["model"], seen["attributes"], seen["group"]) == (
         "gmi",

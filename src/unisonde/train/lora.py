@@ -85,8 +85,10 @@ def learn(
                 return _written(model, decoder, batch)
 
         decoder.train()
-        effort = fit(name, changed, loss, recipe.schedule, checkpoint, recipe.size)
-        decoder.eval()
+        try:
+            effort = fit(name, changed, loss, recipe.schedule, checkpoint, recipe.size)
+        finally:
+            decoder.eval()
         return {key: value.detach().clone() for key, value in _weights(wrapped).items()}, effort
 
 

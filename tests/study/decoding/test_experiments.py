@@ -78,6 +78,28 @@ def test_what_was_used_is_told_and_asking_otherwise_replaces_it(model, tmp_path)
     assert seconds[0] == seconds[2] != seconds[1]  # what was kept was not made again, and its time is told all the same
 
 
+def test_items_that_cannot_be_taken_are_counted_and_taken_again(model, tmp_path, monkeypatch) -> None:
+    items = with_parity(12)
+    show = type(model).show
+
+    def failing(self, some, *rest):
+        if some[0].id == "r3":
+            raise ValueError("a bad sector")
+        return show(self, some, *rest)
+
+    monkeypatch.setattr(type(model), "show", failing)
+    [found] = decode("probes", model, given(tmp_path / "d", items=items))
+    assert found.used["failed"] == 1 and found.table["n"].unique().to_list() == [11]
+    with pytest.raises(ValueError, match=r"item 'r3' could not be taken \(a bad sector\); leave it out"):
+        decode("gmi", model, given(tmp_path / "d", items=items))
+    monkeypatch.undo()
+    monkeypatch.setattr("unisonde.study.decoding.probes.STRENGTHS", (1e-3, 1e-1))
+    [found] = decode("probes", model, given(tmp_path / "d", items=items))
+    assert found.used["failed"] == 1  # as it was left
+    [found] = decode("probes", model, given(tmp_path / "d", items=items, retry=True))
+    assert found.used["failed"] == 0 and found.table["n"].unique().to_list() == [12]
+
+
 def test_without_matplotlib_the_table_stands(model, tmp_path, monkeypatch) -> None:
     decode("gmi", model, given(tmp_path))
     monkeypatch.setitem(sys.modules, "matplotlib", None)

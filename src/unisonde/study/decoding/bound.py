@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from torch import Tensor
 
 from unisonde.data.catalogue import data_digest
 from unisonde.data.item import Item
@@ -74,7 +75,7 @@ def sensitivity(
     if len(items) != len(answers) or not items:
         raise ValueError(f"there are {len(items)} items and {len(answers)} answers; give one answer to each item")
 
-    def norms(pair: tuple[Item, str]) -> tuple[float, float]:
+    def norms(pair: tuple[Item, str]) -> Tensor:
         item, answer = pair
         count = len(model.tokens_of(answer))
         prompted = model.ahead(model.prepare(item, count))
@@ -85,10 +86,11 @@ def sensitivity(
             loss = model.loss_of(replace(prompted, features=features), answer) * count
             [gradient] = torch.autograd.grad(loss, features)
         gradient = gradient.double()[0]
-        return float(gradient.sum(0).norm()), float(gradient.norm())
+        return torch.stack([gradient.sum(0).norm(), gradient.norm()])
 
     def norms_of(pairs: Sequence[tuple[Item, str]]) -> pl.DataFrame:
-        return pl.DataFrame(side_by_side(norms, pairs, model.device), schema=["shift", "whole"], orient="row")
+        found = torch.stack(side_by_side(norms, pairs, model.device)).cpu().numpy()
+        return pl.DataFrame({"shift": found[:, 0], "whole": found[:, 1]})
 
     pairs = list(zip(items, answers, strict=True))
     settings: dict[str, Any] = {"model": model.identity(), "items": data_digest(items), "answers": list(answers), "chunk": CHUNK}

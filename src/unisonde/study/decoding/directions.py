@@ -117,7 +117,6 @@ class Stability:
         overlaps: (draws,) of the modality-specific span with that of the items themselves.
         chances: (draws,) the same of as many modes of each, taken at random among all modes.
         shares: (draws,) the modality-specific share of variance.
-        counts: (draws,) the number of modality-specific modes.
         modes: (k,) the mean over draws of the squared length of each mode within the modes of the draw up to its own number: near
             1 for a mode that always comes in its place.
     """
@@ -125,7 +124,6 @@ class Stability:
     overlaps: np.ndarray
     chances: np.ndarray
     shares: np.ndarray
-    counts: np.ndarray
     modes: np.ndarray
 
 
@@ -144,7 +142,7 @@ def stability(
     members = (
         [np.array([k]) for k in range(len(modal))] if groups is None else [np.flatnonzero(groups == g) for g in np.unique(groups)]
     )
-    overlaps, chances, shares, counts = [], [], [], []
+    overlaps, chances, shares = [], [], []
     modes = np.zeros(len(found.vectors))
 
     def any_of(vectors: np.ndarray, count: int) -> np.ndarray:
@@ -162,10 +160,9 @@ def stability(
         drawn = any_of(some.vectors, int(some.specific.sum()))
         chances.append(overlap(any_of(found.vectors, int(found.specific.sum())), drawn))
         shares.append(some.specific_share)
-        counts.append(int(some.specific.sum()))
         inside = (found.vectors @ some.vectors.T) ** 2
         modes += [inside[k, : k + 1].sum() for k in range(len(modes))]
-    return Stability(np.array(overlaps), np.array(chances), np.array(shares), np.array(counts), modes / max(draws, 1))
+    return Stability(np.array(overlaps), np.array(chances), np.array(shares), modes / max(draws, 1))
 
 
 def compare_layers(
