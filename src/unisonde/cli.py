@@ -219,7 +219,9 @@ def decode(
     ],
     out: Annotated[Path, typer.Option(help="The folder of the experiments of this model and data.", show_default=False)],
     attribute: Annotated[list[str], typer.Option(help="Labels that are read: --attribute speaker digit.")] = [],  # noqa: B006
-    group: Annotated[str | None, typer.Option(help="The label by which items are kept together in splits and intervals.")] = None,
+    group: Annotated[
+        list[str], typer.Option(help="The label by which items are kept together, or one each: emotion=speaker speaker=sentence.")
+    ] = [],  # noqa: B006
     response: Annotated[
         str | None, typer.Option(help="The label that holds what the model should say (ablate), or is the control (lora).")
     ] = None,
@@ -240,12 +242,13 @@ def decode(
     from unisonde.models import load
     from unisonde.report.decoding import draw
     from unisonde.study.decoding.experiments import decode as run_experiment
+    from unisonde.study.decoding.experiments import grouping
 
     source = open_data(data)
     items = evenly(source.items("text", seed=seed), limit)
     words = [Item(i.id, i.category, i.prompt) for i in open_data(texts).items("text", seed=seed) if i.modality == "text"]
-    given = {"attributes": tuple(attribute), "group": group, "response": response, "folds": folds, "draws": draws, "seed": seed}
-    given |= {"retry": retry}
+    given: dict[str, Any] = {"attributes": tuple(attribute), "group": grouping(group, attribute), "response": response}
+    given |= {"folds": folds, "draws": draws, "seed": seed, "retry": retry}
     found = run_experiment(experiment, load(model), {"items": items, "texts": words, "out": out, "name": source.name} | given)
     if failed := max((finding.used.get("failed", 0) for finding in found), default=0):
         note = f"{failed} of the {len(items)} items could not be taken and are left out; --retry takes them again"
@@ -370,7 +373,7 @@ def _stopped() -> int:
 
 
 STOPPED = 130
-LISTS = ("--task", "--split", "--stack", "--attribute")
+LISTS = ("--task", "--split", "--stack", "--attribute", "--group")
 """Options that take several values after one name: `--task text image`."""
 
 

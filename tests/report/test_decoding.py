@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -83,6 +84,16 @@ def test_probes_stand_in_the_order_of_the_model(experiments: Results) -> None:
         # A rule between stacks is between their points.
         assert x[3] < axes.rules[0] < x[4] and x[5] < axes.rules[1] < x[6]
     assert "held out by take" in grids(experiments, 1)["probes"].axes[0].title
+
+
+def test_shuffled_labels_leave_the_others_room(experiments: Results) -> None:
+    """A probe that is far too sure of shuffled labels is drawn at the edge, with its own number beside it."""
+    table = experiments.tables["probes"].with_columns(null_v_information=pl.lit(-5.0))
+    grid = grids(replace(experiments, tables={**experiments.tables, "probes": table}), 1)["probes"]
+    assert -1 < grid.y_range[0] < 0
+    for axes in grid.axes:
+        for null in (series for series in axes.series if series.part == "null"):
+            assert set(null.y) == {-0.15 * math.log2(10)} and set(null.hover) == {"shuffled labels: −5.00 bits"}
 
 
 def test_modes_and_their_share(experiments: Results) -> None:

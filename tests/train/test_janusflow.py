@@ -181,8 +181,8 @@ def test_sixteen_items_by_heart(tmp_path: Path, one_thread) -> None:
 def test_the_loss_of_the_autoencoder_falls(tmp_path) -> None:
     model = new_twin(0)
     scenes = [p.scene for p in (grammar.prompt(random.Random(k), "train", "composition", 2) for k in range(4))]
-    before = float(autoencoder_loss(model.autoencoder, pixels_of(scenes), torch.Generator().manual_seed(0)))
+    before = float(autoencoder_loss(model.autoencoder, pixels_of(scenes), torch.Generator().manual_seed(0)).detach())
     train_autoencoder(model, lambda rng: scenes, Schedule(12, 2e-3, 2, weight_decay=0.0), tmp_path / "a.pt")
-    after = float(autoencoder_loss(model.autoencoder, pixels_of(scenes), torch.Generator().manual_seed(0)))
+    after = float(autoencoder_loss(model.autoencoder, pixels_of(scenes), torch.Generator().manual_seed(0)).detach())
     assert after < 0.8 * before
     assert float(latents_of(model, scenes * 2).std()) == pytest.approx(1.0, abs=0.2)

@@ -71,7 +71,7 @@ def test_what_is_learnt_changes_the_decoder_for_a_while(model: SpeechSmolLM, tmp
     asked = [recording(k) for k in range(6)]
     right = torch.tensor([k % 2 for k in range(6)])
     plain = model.answer_scores(asked, WORDS)
-    first = float(lora._written(model, model.language_model, batch))
+    first = float(lora._written(model, model.language_model, batch).detach())
     weights, effort = learn(model, batch, TOY, tmp_path / "c.pt")
     assert effort.seconds > 0 and all("lora_" in key for key in weights)
     # Two matrices for each of four maps of each layer.

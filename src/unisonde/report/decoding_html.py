@@ -44,7 +44,8 @@ NOTES = {
     ),
     "probes": (
         "Of each layer of encoder, adapter and decoder, the mean over the positions of the recording or picture; dashed: the last "
-        "position of the prompt. Crosses: the same probes on shuffled labels. Dotted: what the labels hold at most."
+        "position of the prompt. Crosses: the same probes on shuffled labels, at the lower edge if they are below it (the table has "
+        "their bits). Dotted: what the labels hold at most."
     ),
     "directions": (
         "A mode of the covariance of sounds or pictures is modality-specific if texts have less than half of its variance, at the "

@@ -114,10 +114,15 @@ def _probed(row: dict[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ along the model
 
+BELOW = 0.15
+"""How far below zero shuffled labels are drawn at most, as a share of the largest entropy of labels."""
+
 
 def along_the_model(results: Results, name: str, title: str) -> Grid:
-    """V-information of probes, from the encoder's first layer to the decoder's last."""
+    """V-information of probes, from the encoder's first layer to the decoder's last. Shuffled labels that cost a probe many bits are
+    drawn at the lower edge, so that they leave the others room."""
     table = results.tables["probes"]
+    lowest = -BELOW * max(table["ceiling"])
     axes = []
     for attribute in attributes(table):
         rows = rows_of(table, attribute)
@@ -131,7 +136,8 @@ def along_the_model(results: Results, name: str, title: str) -> Grid:
             series.append(line(here, "v_information", "mean over positions", "mean", SPREAD, _probed, ("v_low", "v_high"), places))
             if None not in (nulls := [row["null_v_information"] for row in here]):
                 said = tuple(f"shuffled labels: {number(bits)} bits" for bits in nulls)
-                series.append(Series("shuffled labels", "null", QUIET, tuple(places), tuple(nulls), hover=said, kind="points"))
+                drawn = tuple(max(bits, lowest) for bits in nulls)
+                series.append(Series("shuffled labels", "null", QUIET, tuple(places), drawn, hover=said, kind="points"))
         last = [row for row in rows if row["pool"] == "last" and (row["stack"], row["layer"]) in x]
         if last:
             places = [x[row["stack"], row["layer"]] for row in last]

@@ -66,6 +66,30 @@ def test_tables_and_sentences(model, tmp_path, name, rows) -> None:
     assert drawn == [tmp_path / "d" / f"{name}.pdf", tmp_path / "d" / f"{name}.png"] and all(path.stat().st_size for path in drawn)
 
 
+def test_each_attribute_may_have_a_group_of_its_own(model, tmp_path) -> None:
+    asked = given(tmp_path / "d", items=with_parity(8), attributes=("speaker", "parity"))
+    decode("probes", model, asked | {"group": experiments.grouping(["speaker=take"], ("speaker", "parity"))})
+    told = json.loads((tmp_path / "d" / "probes.json").read_text())["findings"]
+    assert {one["attribute"]: one["group"] for one in told} == {"speaker": "take", "parity": None}
+    assert experiments.grouping([], ("speaker",)) is None and experiments.grouping(["take"], ("speaker",)) == "take"
+    wrong = (
+        ["take", "speaker"],
+        ["speaker=take", "take"],
+        ["speaker=take", "speaker=parity"],
+        ["mood=take"],
+        ["speaker="],
+        ["=take"],
+    )
+    for words in wrong:
+        with pytest.raises(
+            ValueError, match=rf"--group takes one label, or ATTRIBUTE=LABEL .*\(speaker and parity\); got {words[0]}"
+        ):
+            experiments.grouping(words, ("speaker", "parity"))
+    with pytest.raises(ValueError, match=r"directions reads no attribute, .* got speaker=take"):
+        decode("directions", model, given(tmp_path / "e", group={"speaker": "take"}))
+    assert not (tmp_path / "e").exists()
+
+
 def test_what_was_used_is_told_and_asking_otherwise_replaces_it(model, tmp_path) -> None:
     """A group that is the attribute itself can keep nothing together; another group is another answer to the same question."""
     folder = tmp_path / "d"
@@ -191,6 +215,8 @@ def test_ablation_judges_other_items_than_it_takes_directions_from(model, tmp_pa
     assert [seen["answers"][k] for k in seen["labels"]] == [f"{i.labels['speaker']}." for i in seen["items"]]
     assert {i.prompt for i in seen["asked"]} == {"What is the speaker? Answer with one of: ann, bob."}
     assert {i.prompt for i in seen["items"]} == {"who speaks?"}
+    decode("ablate", model, given(tmp_path / "e", group="speaker", response="take"))
+    assert seen["groups"] is None  # as it is told: a group that is the attribute keeps nothing together
 
 
 def test_learning_judges_other_items_than_it_learns_from(model, tmp_path, monkeypatch) -> None:

@@ -13,7 +13,7 @@ them begins with another.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +50,8 @@ class Setting:
         texts: items of text alone, for the covariance of texts.
         out: the folder.
         attributes: labels that are read.
-        group: the label by which items are kept together.
+        group: the label by which items are kept together, or one for each attribute that has one. It is not applied to the attribute
+            that it is itself: no item of it could be held out.
         response: the label that holds what the model should say, the attribute itself if None; for `lora`, the control.
         name: of the data.
         retry: take items that failed in an earlier call again.
@@ -61,7 +62,7 @@ class Setting:
     texts: Sequence[Item]
     out: Path
     attributes: tuple[str, ...]
-    group: str | None = None
+    group: str | Mapping[str, str] | None = None
     response: str | None = None
     name: str = "items"
     folds: int = 5
@@ -100,11 +101,19 @@ class Setting:
         names = ", ".join(answer.rstrip(".") for answer in self.answers(attribute))
         return [replace(item, prompt=f"What is the {attribute}? Answer with one of: {names}.") for item in self.items]
 
+    def group_of(self, attribute: str) -> str | None:
+        """The label by which items are kept together when an attribute is read, if there is one."""
+        group = self.group.get(attribute) if isinstance(self.group, Mapping) else self.group
+        return None if group == attribute else group
+
+    def groups(self, attribute: str) -> list[str] | None:
+        """What each item is kept together with."""
+        group = self.group_of(attribute)
+        return None if group is None else [self.label(item, group) for item in self.items]
+
     def check(self, attribute: str, asked: bool) -> None:
         """Raises ValueError if an attribute cannot be read on held-out items, or (`asked`) not be asked for: before anything is run."""
-        group = _unless(self.group, attribute)
-        groups = None if group is None else [self.label(item, group) for item in self.items]
-        splits([self.label(item, attribute) for item in self.items], groups, self.folds, self.seed)
+        splits([self.label(item, attribute) for item in self.items], self.groups(attribute), self.folds, self.seed)
         if asked:
             self.model.tokens_of_answers(self.answers(attribute))
 
@@ -145,9 +154,7 @@ class Setting:
     def halves(self, attribute: str) -> tuple[list[int], list[int]]:
         """Numbers of items to take directions from, and of others to judge by; groups stay together."""
         labels = [self.label(item, attribute) for item in self.items]
-        group = _unless(self.group, attribute)
-        groups = None if group is None else [self.label(item, group) for item in self.items]
-        split = splits(labels, groups, 2, self.seed)[0]
+        split = splits(labels, self.groups(attribute), 2, self.seed)[0]
         return split.train.tolist(), split.test.tolist()
 
 
@@ -158,7 +165,7 @@ def _probes(given: Setting) -> list[Finding]:
             probes(
                 given.features,
                 attribute,
-                _unless(given.group, attribute),
+                given.group_of(attribute),
                 folds=given.folds,
                 seed=given.seed,
                 out=given.out / f"probes-{attribute}",
@@ -170,8 +177,9 @@ def _probes(given: Setting) -> list[Finding]:
 
 
 def _directions(given: Setting) -> list[Finding]:
-    kept = given.out / "directions"
-    found = compare_layers(given.features, given.of_texts, group=given.group, seed=given.seed, out=kept, progress=given.progress)
+    kept, group = given.out / "directions", given.group
+    assert not isinstance(group, Mapping), "decode refuses it"
+    found = compare_layers(given.features, given.of_texts, group=group, seed=given.seed, out=kept, progress=given.progress)
     return [_of_features(given, found)]
 
 
@@ -187,6 +195,7 @@ def _ablate(given: Setting) -> list[Finding]:
 
 def _ablated(given: Setting, attribute: str) -> Finding:
     fitted, judged = given.halves(attribute)
+    groups = given.groups(attribute)
     place = Hook("llm", 0)
     rows = {name: row for row, name in enumerate(given.features.table["item"])}
     known = [rows[given.items[k].id] for k in fitted if given.items[k].id in rows]
@@ -202,14 +211,14 @@ def _ablated(given: Setting, attribute: str) -> Finding:
         asked=[asked[k] for k in judged],
         labels=[answers.index(f"{given.label(given.items[k], attribute)}.") for k in judged],
         draws=given.draws,
-        groups=None if given.group is None else [given.label(given.items[k], given.group) for k in judged],
+        groups=None if groups is None else [groups[k] for k in judged],
         seed=given.seed,
         out=given.out / f"ablate-{attribute}",
         progress=given.progress,
     )
     about = {"attribute": attribute, "response": said or attribute, "answers": len(answers)}
     table = made.table.select(*(pl.lit(value).alias(name) for name, value in about.items()), pl.all())
-    used = {**made.used, "group": _unless(given.group, attribute)}
+    used = {**made.used, "group": given.group_of(attribute)}
     return _of_features(given, replace(made, table=table, used=used))
 
 
@@ -221,7 +230,7 @@ def _gmi(given: Setting) -> list[Finding]:
             features,
             scores,
             attribute,
-            group=_unless(given.group, attribute),
+            group=given.group_of(attribute),
             folds=given.folds,
             seed=given.seed,
             out=given.out / f"gmi-{attribute}",
@@ -235,7 +244,7 @@ def _bound(given: Setting) -> list[Finding]:
     place, found = Hook("llm", 0), []
     vocabulary = given.model.language_model.get_input_embeddings().num_embeddings
     for attribute in given.attributes:
-        group = _unless(given.group, attribute)
+        group = given.group_of(attribute)
         features, scores = given.scored(attribute)
         words, in_words = given.scored_in_words(attribute)
         losses = lost(features, scores, in_words, attribute, group=group, folds=given.folds, seed=given.seed)
@@ -276,10 +285,9 @@ def _lora(given: Setting) -> list[Finding]:
         return Objective(name, [asked[k] for k in learnt], [given.label(given.items[k], name) + end for k in learnt])
 
     def question(name: str) -> Question:
-        group, answers = _unless(given.group, name), rest.answers(name)
+        answers = rest.answers(name)
         labels = [answers.index(f"{rest.label(item, name)}.") for item in rest.items]
-        groups = None if group is None else [rest.label(item, group) for item in rest.items]
-        return Question(name, rest.asked(name), answers, labels, groups)
+        return Question(name, rest.asked(name), answers, labels, rest.groups(name))
 
     return [
         lora(
@@ -295,9 +303,22 @@ def _lora(given: Setting) -> list[Finding]:
     ]
 
 
-def _unless(group: str | None, attribute: str) -> str | None:
-    """A group, unless it is what is read: then no item could be held out."""
-    return None if group == attribute else group
+def grouping(given: Sequence[str], attributes: Sequence[str]) -> str | dict[str, str] | None:
+    """What the words of `--group` mean: `speaker` for all attributes, or `emotion=speaker speaker=sentence`, each its own.
+
+    Raises:
+        ValueError: there are several groups for one attribute, or one for an attribute that is not read.
+    """
+    named = [word.partition("=") for word in given]
+    if len(given) < 2 and not any(sign for _, sign, _ in named):
+        return given[0] if given else None
+    whose = [attribute for attribute, _, _ in named]
+    if not all(sign and label for _, sign, label in named) or len(set(whose)) < len(whose) or not set(whose) <= set(attributes):
+        read = " and ".join(attributes) or "none"
+        raise ValueError(
+            f"--group takes one label, or ATTRIBUTE=LABEL once for any of the attributes that are read ({read}); got {' '.join(given)}"
+        )
+    return {attribute: label for attribute, _, label in named}
 
 
 EXPERIMENTS: dict[str, Callable[[Setting], list[Finding]]] = {
@@ -331,6 +352,9 @@ def decode(name: str, model: Model, given: dict[str, Any]) -> list[Finding]:
     setting = Setting(model, **given)
     if not setting.attributes and name != "directions":
         raise ValueError(f"{name} reads labels of the items; name one or more with --attribute")
+    if name == "directions" and isinstance(setting.group, Mapping):
+        whose = " ".join(f"{attribute}={label}" for attribute, label in setting.group.items())
+        raise ValueError(f"directions reads no attribute, so its items are kept together by one label, --group NAME; got {whose}")
     if name in ("probes", "gmi", "bound"):
         for attribute in setting.attributes:
             setting.check(attribute, asked=name != "probes")
