@@ -187,6 +187,8 @@ def test_decode_hands_on_what_was_asked(line, tmp_path, monkeypatch) -> None:
         "scene",
     )
     assert len(seen["items"]) == 3 and {item.modality for item in seen["texts"]} == {"text"} and seen["name"] == "tabletop"
+    line(*asked, "--out", tmp_path / "d", "--group", "shape=scene", "colour=layout")
+    assert seen["group"] == {"shape": "scene", "colour": "layout"}
     monkeypatch.undo()
     code, _, said = line("decode", "probes", "twin/janus-pro", "--data", "tabletop", "--limit", "3", "--out", tmp_path / "d")
     assert code == 1 and "not an encoder with an adapter" in said and "\n" not in said.strip()

@@ -249,7 +249,7 @@ def decode(
     words = [Item(i.id, i.category, i.prompt) for i in open_data(texts).items("text", seed=seed) if i.modality == "text"]
     given: dict[str, Any] = {"attributes": tuple(attribute), "group": grouping(group, attribute), "response": response}
     given |= {"folds": folds, "draws": draws, "seed": seed, "retry": retry}
-    found = run_experiment(experiment, load(model), {"items": items, "texts": words, "out": out, "name": source.name} | given)
+    found = run_experiment(experiment, load(model), {"items": items, "texts": words, "out": out, "name": source.title} | given)
     if failed := max((finding.used.get("failed", 0) for finding in found), default=0):
         note = f"{failed} of the {len(items)} items could not be taken and are left out; --retry takes them again"
         err.print(note, style="yellow", highlight=False, soft_wrap=True)

@@ -46,6 +46,12 @@ def test_published_split_of_digits(shared: Path) -> None:
     assert not {item.id for item in test} & {item.id for item in train}
 
 
+def test_a_title_has_no_folder_in_it(tmp_path: Path) -> None:
+    """Recordings that were moved are the same data."""
+    titles = {name: open_data(name).title for name in (f"fsdd:{tmp_path}", "fsdd", "fsdd:test", "textured:train", str(tmp_path))}
+    assert list(titles.values()) == ["fsdd", "fsdd", "fsdd:test", "textured:train", str(tmp_path)]
+
+
 def test_a_limit_takes_every_digit_and_speaker(shared: Path) -> None:
     some = evenly(speech.fsdd(shared / "data" / "fsdd"), 60)
     assert set(Counter((item.labels["digit"], item.labels["speaker"]) for item in some).values()) == {1}

@@ -45,6 +45,11 @@ class DataSet:
     drawn: bool = False
     placed: bool = False
 
+    @property
+    def title(self) -> str:
+        """The name, without the folder of files that are not part of the package: `fsdd` of `fsdd:recordings/fsdd`."""
+        return self.name.partition(":")[0] if self.placed and self.path is not None else self.name
+
     def items(self, task: Task, split: str | None = None, seed: int = 0) -> list[Item]:
         """The items that suit a task: all for `text`; for `image`, those whose prompt is text alone.
 
