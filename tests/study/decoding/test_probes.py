@@ -43,8 +43,8 @@ def test_wide_vectors_lose_nothing_by_the_rotation(monkeypatch) -> None:
     labels = balanced(40, 2)
     x = planted(labels, 6, 2.0)
     outer = splits(labels, folds=2)
-    narrow = predict(x, labels, outer, strengths=[0.1])
-    wide = predict(np.pad(x, ((0, 0), (0, 60))), labels, outer, strengths=[0.1])
+    narrow = predict(x, labels, outer, given=(0.1, 1.0))
+    wide = predict(np.pad(x, ((0, 0), (0, 60))), labels, outer, given=(0.1, 1.0))
     np.testing.assert_allclose(narrow.log_probabilities, wide.log_probabilities, atol=2e-3)
 
 
@@ -53,9 +53,39 @@ def test_the_regularisation_follows_what_is_there() -> None:
     outer = splits(labels, folds=3)
     there = predict(planted(labels, 20, 6.0), labels, outer)
     nothing = predict(planted(labels, 20, 0.0), labels, outer)
-    assert min(there.strengths) > max(nothing.strengths)
+    assert min(there.strengths) > min(STRENGTHS) and min(there.tilts) > max(nothing.tilts)
     assert there.bits.mean() > 1.2 and there.hits.mean() > 0.95
-    assert abs(nothing.bits.mean()) < 0.05  # the strongest regularisation leaves the shares of the labels
+    assert abs(nothing.bits.mean()) < 0.05 and max(nothing.tilts) < 0.3  # what is left are the shares of the labels
+
+
+def test_a_probe_that_is_too_sure_is_tilted() -> None:
+    """A label that is faint beside what moves all dimensions: at every regularisation the probe costs bits, and there are some."""
+    rng = np.random.default_rng(3)
+    labels = rng.permutation(np.repeat([0, 1, 2], [60, 60, 120]))
+    x = planted(labels, 200, 1.0, 3) + 10 * rng.normal(size=(240, 8)) @ rng.normal(size=(8, 200))
+    outer = splits(labels, folds=4)
+    found = predict(x, labels, outer)
+    plain = [predict(x, labels, outer, given=(strength, 1.0)).bits.mean() for strength in (1e-5, *STRENGTHS)]
+    assert found.bits.mean() > 0.01 > max(plain) and 0 < min(found.tilts) <= max(found.tilts) < 0.8
+    assert np.allclose(np.exp(found.log_probabilities).sum(1), 1)
+    # A tilt is P(a)^(1 - s) q(a)^s: none of the probe is left at 0, all of it at 1; in between its logits and the shares' are mixed.
+    whole, half, none = (predict(x, labels, outer, given=(1.0, tilt)).log_probabilities for tilt in (1.0, 0.5, 0.0))
+    assert np.allclose(np.exp(none), [0.25, 0.25, 0.5])
+    mixed = np.sqrt(np.exp(whole) * [0.25, 0.25, 0.5])
+    assert np.allclose(np.exp(half), mixed / mixed.sum(1, keepdims=True))
+
+
+def test_the_tilt_is_chosen_where_the_probe_is_not_judged() -> None:
+    """The items of a fold have no part in the tilt, nor in the regularisation, by which they are judged."""
+    labels = balanced(60, 2)
+    x, outer = planted(labels, 40, 1.0), splits(labels, folds=3)
+    found = predict(x, labels, outer)
+    changed, dealt = x.copy(), labels.copy()
+    changed[outer[0].test] += 3.0
+    dealt[outer[0].test] = 1 - dealt[outer[0].test]
+    again = predict(changed, dealt, outer)
+    assert (again.strengths[0], again.tilts[0]) == (found.strengths[0], found.tilts[0])
+    assert again.tilts[1:] != found.tilts[1:]
 
 
 def test_a_group_that_gives_the_label_away_is_of_no_use() -> None:
@@ -84,8 +114,8 @@ def test_shuffled_labels_keep_groups_whole() -> None:
 def test_bits_are_against_the_shares_of_the_labels() -> None:
     labels = np.array([0, 0, 0, 1])
     same = np.log(np.tile([0.75, 0.25], (4, 1)))
-    assert Predictions(same, labels, (1.0,)).bits == pytest.approx(np.zeros(4))
-    assert Predictions(same, labels, (1.0,)).hits.tolist() == [1, 1, 1, 0]
+    assert Predictions(same, labels, (1.0,), (1.0,)).bits == pytest.approx(np.zeros(4))
+    assert Predictions(same, labels, (1.0,), (1.0,)).hits.tolist() == [1, 1, 1, 0]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +156,7 @@ def test_a_label_in_one_inner_group_is_read_all_the_same() -> None:
     """Two examples, one a fold: the training part has one, so there is nothing to choose the regularisation by."""
     labels = np.array([0] * 10 + [1] * 2)
     found = predict(np.eye(2)[labels] + 0.01 * np.arange(24).reshape(12, 2), labels, splits(labels, folds=2))
-    assert set(found.strengths) == {min(STRENGTHS)} and np.isfinite(found.log_probabilities).all()
+    assert set(found.strengths) == {min(STRENGTHS)} and set(found.tilts) == {1.0} and np.isfinite(found.log_probabilities).all()
 
 
 def test_what_cannot_be_probed(made) -> None:

@@ -34,7 +34,7 @@ from unisonde.measure.gmi import best_tilt, information
 from unisonde.models.bridged import Bridged
 from unisonde.study.decoding.features import Features, Hook
 from unisonde.study.decoding.finding import Finding, Steps, interval, said, ticking
-from unisonde.study.decoding.probes import predict
+from unisonde.study.decoding.probes import predict, protocol
 from unisonde.study.decoding.splits import Split, splits
 
 CHUNK = 16
@@ -166,7 +166,7 @@ def gmi(
     }
     settings |= {"attribute": attribute, "group": group, "folds": folds}
     settings |= {"scores": float(np.nan_to_num(scores.values, neginf=-1e9).sum())}
-    steps = Steps(out, {"experiment": "gmi"} | settings | {"draws": draws, "seed": seed})
+    steps = Steps(out, {"experiment": "gmi"} | settings | {"draws": draws, "seed": seed, "probe": protocol()})
     constant = {"model": features.model, "data": features.data, "attribute": attribute, "group": group or "", "n": len(labels)}
     constant |= {"answers": len(scores.answers), "folds": folds, "seed": seed}
 

@@ -37,7 +37,7 @@ from unisonde.models.bridged import Bridged, Prompted
 from unisonde.models.trace import hooked
 from unisonde.study.decoding.finding import Finding, Steps, said, ticking
 from unisonde.study.decoding.gmi import held_out
-from unisonde.study.decoding.probes import predict
+from unisonde.study.decoding.probes import predict, protocol
 from unisonde.study.decoding.splits import Split, coded, splits
 from unisonde.train.lora import Lesson, LoraRecipe, learn, require, tuned
 
@@ -129,7 +129,8 @@ def lora(
         {"attribute": q.attribute, "items": data_digest(q.items), "answers": list(q.answers), "labels": list(map(int, q.labels))}
         for q in questions
     ]
-    steps = Steps(out, settings | {"folds": folds, "seed": seed, "groups": [list(q.groups or ()) for q in questions]})
+    groups = [list(question.groups or ()) for question in questions]
+    steps = Steps(out, settings | {"folds": folds, "seed": seed, "groups": groups, "probe": protocol()})
     work = _Work(model, recipe, objective, control, questions, folds, seed, steps.folder, progress)
 
     names = [(BEFORE, seed)] + [(which, seed + k) for k in range(seeds) for which in ("attribute", "control")]

@@ -1,8 +1,9 @@
 """Linear probes: which attributes of an item can be read, and how well, from each layer of a bridged model.
 
 At every hook a multinomial logistic regression on standardised vectors is fitted and judged on items that it has not seen, by
-folds that keep groups together. Its regularisation is chosen within the training part alone, by the loss on inner folds. What it
-gives is
+folds that keep groups together. Its regularisation is chosen within the training part alone, by the loss on inner folds, and with it a
+tilt, as the decoder's scores get one: few items and wide states make a probe far too sure, and a weight on its confidence, which leaves
+it linear, keeps what it knows where regularisation alone would have to give it up. What it gives is
 
 - its accuracy, and how many times that is what always answering the commonest label gets (`times`);
 - retention: its accuracy above that chance, as a share of what it is at the adapter's output;
@@ -26,15 +27,18 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
+from scipy.special import log_softmax
 
 from unisonde.measure import Interval, v_information
 from unisonde.measure.estimate import p_value
+from unisonde.measure.gmi import best_tilt, information
 from unisonde.study.decoding.features import ADAPTER_OUT, Features, Hook
 from unisonde.study.decoding.finding import Finding, Steps, interval, said, ticking
 from unisonde.study.decoding.splits import Split, coded, splits
 
-STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Inverse regularisations (scikit-learn's C) that are tried; the first leaves little but the shares of the labels."""
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Inverse regularisations (scikit-learn's C) that are tried."""
 
 INNER = 3
 """Inner folds, where the labels stand in enough groups."""
@@ -48,11 +52,13 @@ class Predictions:
         log_probabilities: (n, K), normalised, of each item by the probe that has not seen it.
         labels: (n,) numbers from 0 to K - 1.
         strengths: the inverse regularisation of each fold.
+        tilts: of each fold, how far the probe is believed: 1 as it is, 0 not at all.
     """
 
     log_probabilities: np.ndarray
     labels: np.ndarray
     strengths: tuple[float, ...]
+    tilts: tuple[float, ...]
 
     @property
     def hits(self) -> np.ndarray:
@@ -67,53 +73,63 @@ class Predictions:
         return (self.log_probabilities[right, self.labels] - shares[self.labels]) / math.log(2)
 
 
+def protocol() -> dict[str, Any]:
+    """What decides about a probe, beside items, labels and splits."""
+    return {"strengths": list(STRENGTHS), "inner": INNER, "tilted": True}
+
+
 def predict(
     x: np.ndarray,
     labels: np.ndarray,
     outer: Sequence[Split],
     groups: np.ndarray | None = None,
-    strengths: Sequence[float] | None = None,
+    given: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> Predictions:
     """Held-out predictions of numbered labels (n,) from vectors (n, d), one probe a split.
 
     Args:
-        strengths: inverse regularisations to choose from within each training part, `STRENGTHS` if None; a single one is taken as it is.
-            Where the inner folds of a training part would leave a label out, the strongest regularisation is taken.
+        given: an inverse regularisation and a tilt; None chooses them within each training part, the former from `STRENGTHS`. Where the
+            inner folds of a training part would leave a label out, the strongest regularisation is taken.
     """
-    strengths = STRENGTHS if strengths is None else strengths
     classes = int(labels.max()) + 1
     held = np.empty((len(labels), classes))
     chosen = []
     for number, split in enumerate(outer):
-        best = strengths[0] if len(strengths) == 1 else _choose(x, labels, split.train, groups, strengths, seed + number)
-        [held[split.test]] = _fitted(x[split.train], labels[split.train], x[split.test], [best])
-        chosen.append(best)
-    return Predictions(held, labels, tuple(chosen))
+        strength, tilt = given or _choose(x, labels, split.train, groups, seed + number)
+        [predicted] = _fitted(x[split.train], labels[split.train], x[split.test], [strength])
+        shares = np.bincount(labels[split.train], minlength=classes) / len(split.train)
+        held[split.test] = log_softmax(tilt * predicted + (1 - tilt) * np.log(shares), axis=1)
+        chosen.append((strength, tilt))
+    strengths, tilts = zip(*chosen, strict=True)
+    return Predictions(held, labels, strengths, tilts)
 
 
-def _choose(
-    x: np.ndarray, labels: np.ndarray, train: np.ndarray, groups: np.ndarray | None, strengths: Sequence[float], seed: int
-) -> float:
-    """The inverse regularisation with the least loss on inner folds of the training part."""
+def _choose(x: np.ndarray, labels: np.ndarray, train: np.ndarray, groups: np.ndarray | None, seed: int) -> tuple[float, float]:
+    """The inverse regularisation and the tilt with the least loss on inner folds of the training part."""
     own, x, labels = None if groups is None else groups[train], x[train], labels[train]
     units = np.arange(len(labels)) if own is None else own
     fewest = min(len(np.unique(units[labels == label])) for label in np.unique(labels))
     try:
         inner = splits(labels, own, max(2, min(INNER, fewest)), seed)
     except ValueError:  # a label in one group, or groups that cannot be dealt: nothing to choose by
-        return min(strengths)
-    losses = np.zeros(len(strengths))
+        return min(STRENGTHS), 1.0
+    shares = np.bincount(labels) / len(labels)
+    held = np.empty((len(STRENGTHS), len(labels), len(shares)))
     for split in inner:
-        right = np.arange(len(split.test))
-        for k, predicted in enumerate(_fitted(x[split.train], labels[split.train], x[split.test], strengths)):
-            losses[k] -= predicted[right, labels[split.test]].sum()
-    return strengths[int(losses.argmin())]
+        held[:, split.test] = _fitted(x[split.train], labels[split.train], x[split.test], STRENGTHS)
+    right, prior = torch.from_numpy(labels), torch.from_numpy(np.log(shares))
+    best, found = -math.inf, (min(STRENGTHS), 1.0)
+    for strength, scores in zip(STRENGTHS, torch.from_numpy(held) - prior, strict=True):
+        # A probe that is not sure enough is one for a weaker regularisation.
+        tilt = min(1.0, best_tilt(scores, right, prior))
+        if (bits := float(information(tilt, scores, right, prior).mean())) > best:
+            best, found = bits, (strength, tilt)
+    return found
 
 
 def _fitted(x: np.ndarray, labels: np.ndarray, new: np.ndarray, strengths: Sequence[float]) -> list[np.ndarray]:
     """Log-probabilities of new vectors from probes of several strengths, each begun where the last one ended."""
-    from scipy.special import log_softmax
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -169,7 +185,7 @@ def probes(
     Args:
         group: the label by which items are kept together.
         hooks: where; everywhere if None.
-        shuffles: how often labels are dealt anew for the null, at the regularisation chosen for the true ones.
+        shuffles: how often labels are dealt anew for the null, at the regularisation and the tilt chosen for the true ones.
         draws: resamples of the intervals, over items or whole groups.
         out: a folder in which finished hooks are kept, so that a killed call goes on.
 
@@ -177,7 +193,7 @@ def probes(
         A table with one row a hook: `accuracy`, `accuracy_low`, `accuracy_high`, `uniform` (1 / K), `chance` (share of the
         commonest label), `times`, `retention` (null where there is no adapter, or it is at chance), `v_information` with `v_low`,
         `v_high`, `ceiling` (the entropy of the labels) in bits, `null_accuracy`, `null_v_information`, `p` of the accuracy
-        against the null, `strength`.
+        against the null, `strength`, `tilt`.
 
     Raises:
         ValueError: the attribute or the group is unknown, or a label is too rare (`splits`).
@@ -193,8 +209,8 @@ def probes(
         "group": group,
         "folds": folds,
     }
-    settings |= {"shuffles": shuffles}
-    steps = Steps(out, {"experiment": "probes"} | settings | {"draws": draws, "seed": seed, "strengths": list(STRENGTHS)})
+    settings |= {"shuffles": shuffles, "draws": draws, "seed": seed}
+    steps = Steps(out, {"experiment": "probes"} | settings | protocol())
     constant: dict[str, Any] = {"model": features.model, "data": features.data, "attribute": attribute, "group": group or ""}
     constant |= {"n": len(labels), "labels": len(names), "folds": folds, "seed": seed}
 
@@ -222,9 +238,9 @@ def _row(
     hits = interval(found.hits, groups, draws, seed)
     bits = interval(found.bits, groups, draws, seed)
     chance = float(np.bincount(labels).max() / len(labels))
-    strength = float(np.median(found.strengths))
+    strength, tilt = float(np.median(found.strengths)), float(np.median(found.tilts))
     rng = np.random.default_rng(seed)
-    null = [predict(x, shuffled(labels, groups, outer, rng), outer, groups, [strength]) for _ in range(shuffles)]
+    null = [predict(x, shuffled(labels, groups, outer, rng), outer, groups, (strength, tilt)) for _ in range(shuffles)]
     return {
         "stack": hook.stack,
         "layer": hook.layer,
@@ -243,6 +259,7 @@ def _row(
         "null_v_information": float(np.mean([n.bits.mean() for n in null])) if null else None,
         "p": p_value(hits.value, [float(n.hits.mean()) for n in null]) if null else None,
         "strength": strength,
+        "tilt": tilt,
     }
 
 
