@@ -35,11 +35,11 @@ from unisonde.study.decoding.results import Results
 
 CONDITIONS = {
     "specific": "modality-\nspecific",
-    "aligned by count": "text-aligned,\nsame number",
-    "aligned by variance": "text-aligned,\nsame variance",
-    "random": "random,\nsame number",
+    "aligned by count": "text-aligned,\nby number",
+    "aligned by variance": "text-aligned,\nby variance",
+    "random": "random,\nby number",
 }
-"""What is removed, and what the axis says."""
+"""What is removed, matched to the first in number or in variance, and what the axis says."""
 
 SPREADS = {"recentred": USABLE, "raw": PRESENT}
 
