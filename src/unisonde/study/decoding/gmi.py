@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from torch import Tensor
 
 from unisonde.data.catalogue import data_digest
 from unisonde.data.item import Item
@@ -39,6 +40,9 @@ from unisonde.study.decoding.splits import Split, splits
 
 CHUNK = 16
 """Items that are scored between two writings."""
+
+UNKNOWN = 1.0
+"""Items of which nothing is known, beside those that a tilt is learnt from."""
 
 LN2 = math.log(2)
 
@@ -107,7 +111,7 @@ class Information:
 def held_out(scores: np.ndarray, labels: np.ndarray, outer: Sequence[Split]) -> Information:
     """The information of log-scores (n, K) about numbered labels (n,), s fitted on the training part of each split.
 
-    The prior is the shares of the labels, as for the V-information of a probe.
+    The prior is the shares of the labels, as for the V-information of a probe. See `learnt_tilt` for how s is fitted.
     """
     values, right = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(labels)
     log_prior = (torch.bincount(right, minlength=values.shape[1]).double() / len(right)).log()
@@ -115,10 +119,25 @@ def held_out(scores: np.ndarray, labels: np.ndarray, outer: Sequence[Split]) -> 
     tilts = []
     for split in outer:
         train, test = torch.as_tensor(split.train), torch.as_tensor(split.test)
-        tilts.append(best_tilt(values[train], right[train], log_prior))
+        tilts.append(learnt_tilt(values[train], right[train], log_prior))
         bits[test] = information(tilts[-1], values[test], right[test], log_prior)
     plain = information(1.0, values, right, log_prior)
     return Information((bits / LN2).numpy(), (plain / LN2).numpy(), tuple(tilts))
+
+
+def learnt_tilt(scores: Tensor, labels: Tensor, log_prior: Tensor) -> float:
+    """The best tilt of n items (n, K) and of one more of which nothing is known: scores like those of the others, and any answer right,
+    by the prior.
+
+    Items without a mistake among them have no best tilt, and believed without end, the first mistake among others would cost
+    hundreds of bits. Of many items the one more is of no account.
+    """
+    count, answers = scores.shape
+    unknown = UNKNOWN * log_prior.exp().expand(count, answers) / count
+    unknown = torch.where(torch.isfinite(scores), unknown, 0.0).reshape(-1)
+    weights = torch.cat([scores.new_ones(count), unknown])
+    rows = torch.cat([scores, scores.repeat_interleave(answers, 0)])
+    return best_tilt(rows, torch.cat([labels, torch.arange(answers).repeat(count)]), log_prior, weights)
 
 
 def gmi(
@@ -166,7 +185,7 @@ def gmi(
     }
     settings |= {"attribute": attribute, "group": group, "folds": folds}
     settings |= {"scores": float(np.nan_to_num(scores.values, neginf=-1e9).sum())}
-    steps = Steps(out, {"experiment": "gmi"} | settings | {"draws": draws, "seed": seed, "probe": protocol()})
+    steps = Steps(out, {"experiment": "gmi"} | settings | {"draws": draws, "seed": seed, "probe": protocol(), "unknown": UNKNOWN})
     constant = {"model": features.model, "data": features.data, "attribute": attribute, "group": group or "", "n": len(labels)}
     constant |= {"answers": len(scores.answers), "folds": folds, "seed": seed}
 
