@@ -10,7 +10,7 @@ import pytest
 from known import balanced, folder_of, recordings
 
 from unisonde.study.decoding.features import ADAPTER_OUT, Hook
-from unisonde.study.decoding.probes import STRENGTHS, Predictions, predict, probes, shuffled
+from unisonde.study.decoding.probes import STRENGTHS, STRONGEST, Predictions, predict, probes, shuffled
 from unisonde.study.decoding.splits import splits
 
 LAST = Hook("llm", 3)
@@ -156,7 +156,10 @@ def test_a_label_in_one_inner_group_is_read_all_the_same() -> None:
     """Two examples, one a fold: the training part has one, so there is nothing to choose the regularisation by."""
     labels = np.array([0] * 10 + [1] * 2)
     found = predict(np.eye(2)[labels] + 0.01 * np.arange(24).reshape(12, 2), labels, splits(labels, folds=2))
-    assert set(found.strengths) == {min(STRENGTHS)} and set(found.tilts) == {1.0} and np.isfinite(found.log_probabilities).all()
+    # In wide states, too, that costs nothing.
+    wide = predict(planted(labels, 600, 0.3), labels, splits(labels, folds=2))
+    assert set(wide.strengths) == {STRONGEST} and abs(wide.bits.mean()) < 0.05
+    assert set(found.strengths) == {STRONGEST} and set(found.tilts) == {1.0} and np.isfinite(found.log_probabilities).all()
 
 
 def test_what_cannot_be_probed(made) -> None:

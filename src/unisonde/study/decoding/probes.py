@@ -40,6 +40,9 @@ from unisonde.study.decoding.splits import Split, coded, splits
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Inverse regularisations (scikit-learn's C) that are tried."""
 
+STRONGEST = 1e-5
+"""The one that is taken where there is nothing to choose by: it leaves little but the shares of the labels, and the order."""
+
 INNER = 3
 """Inner folds, where the labels stand in enough groups."""
 
@@ -75,7 +78,7 @@ class Predictions:
 
 def protocol() -> dict[str, Any]:
     """What decides about a probe, beside items, labels and splits."""
-    return {"strengths": list(STRENGTHS), "inner": INNER, "tilted": True}
+    return {"strengths": list(STRENGTHS), "strongest": STRONGEST, "inner": INNER, "tilted": True}
 
 
 def predict(
@@ -90,7 +93,7 @@ def predict(
 
     Args:
         given: an inverse regularisation and a tilt; None chooses them within each training part, the former from `STRENGTHS`. Where the
-            inner folds of a training part would leave a label out, the strongest regularisation is taken.
+            inner folds of a training part would leave a label out, the former is `STRONGEST`, and the latter 1.
     """
     classes = int(labels.max()) + 1
     held = np.empty((len(labels), classes))
@@ -113,13 +116,13 @@ def _choose(x: np.ndarray, labels: np.ndarray, train: np.ndarray, groups: np.nda
     try:
         inner = splits(labels, own, max(2, min(INNER, fewest)), seed)
     except ValueError:  # a label in one group, or groups that cannot be dealt: nothing to choose by
-        return min(STRENGTHS), 1.0
+        return STRONGEST, 1.0
     shares = np.bincount(labels) / len(labels)
     held = np.empty((len(STRENGTHS), len(labels), len(shares)))
     for split in inner:
         held[:, split.test] = _fitted(x[split.train], labels[split.train], x[split.test], STRENGTHS)
     right, prior = torch.from_numpy(labels), torch.from_numpy(np.log(shares))
-    best, found = -math.inf, (min(STRENGTHS), 1.0)
+    best, found = -math.inf, (STRONGEST, 1.0)
     for strength, scores in zip(STRENGTHS, torch.from_numpy(held) - prior, strict=True):
         # A probe that is not sure enough is one for a weaker regularisation.
         tilt = min(1.0, best_tilt(scores, right, prior))
