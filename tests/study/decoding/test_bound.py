@@ -102,5 +102,10 @@ def test_orders() -> None:
     assert "agrees with" in agreeing.sentence
     against = order(pl.concat([one(str(k), k + 0.1, -k).table for k in range(5)]))
     assert against.interval.value == pytest.approx(-1.0) and "is not shown" in against.sentence
+    # Where the tilts alone make the order, the sentence says so.
+    table = agreeing.table.drop("rank_correlation", "p").with_columns(product=pl.Series([1.0, 4.0, 9.0, 16.0, 25.0]))
+    owed = order(table.with_columns(s=pl.Series([0.1, 0.5, 2.0, 8.0, 25.0])))
+    assert "correlation 1.00, p = 0.01; without the tilts, which are fitted to the scores in question, -1.00." in owed.sentence
+    assert "without" not in order(table.with_columns(s=pl.Series([0.0, 0.5, 2.0, 8.0, 25.0]))).sentence
     with pytest.raises(ValueError, match="3 attributes or more, got 2"):
         order(pl.concat([one("a", 1, 1).table, one("b", 2, 2).table]))

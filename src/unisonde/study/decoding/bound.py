@@ -235,6 +235,9 @@ def _diameter(vectors: np.ndarray) -> float:
 def order(table: pl.DataFrame) -> Finding:
     """Whether the product orders attributes (or models), one a row, as the measured loss does: Spearman's rank correlation.
 
+    The tilt in the product is fitted to scores that the loss is taken from, so it may order alone; the correlation of the products
+    without it is said too.
+
     Raises:
         ValueError: there are fewer than 3 to order.
     """
@@ -254,6 +257,10 @@ def order(table: pl.DataFrame) -> Finding:
     else:
         word = "agrees with that of the losses" if rho > 0 and p < 0.05 else "is not shown to be that of the losses"
     numbers = "" if alike else f": rank correlation {rho:.2f}, p = {p:.2f}"
+    tilts = table["s"].to_numpy()
+    bare = products / np.where(tilts > 0, tilts, np.nan)
+    if not alike and np.isfinite(bare).all() and len(np.unique(bare)) > 1:
+        numbers += f"; without the tilts, which are fitted to the scores in question, {spearmanr(bare, lost).statistic:.2f}"
     sentence = f"Over {len(table)} attributes the order of the products {word}{numbers}."
     return Finding(table.with_columns(rank_correlation=pl.lit(rho), p=pl.lit(p)), sentence, agree)
 
