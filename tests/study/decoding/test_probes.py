@@ -38,7 +38,7 @@ def test_information_of_gaussian_classes_is_reached() -> None:
     assert abs(found.hits.mean() - 0.8413) < 3 * math.sqrt(0.84 * 0.16 / n)  # Phi(delta)
 
 
-def test_wide_vectors_lose_nothing_by_the_rotation(monkeypatch) -> None:
+def test_wide_vectors_lose_nothing_by_the_rotation() -> None:
     """With more dimensions than samples the fit runs in their span; padding with zeros to get there changes nothing."""
     labels = balanced(40, 2)
     x = planted(labels, 6, 2.0)

@@ -78,7 +78,7 @@ class Predictions:
 
 def protocol() -> dict[str, Any]:
     """What decides about a probe, beside items, labels and splits."""
-    return {"strengths": list(STRENGTHS), "strongest": STRONGEST, "inner": INNER, "tilted": True}
+    return {"strengths": list(STRENGTHS), "strongest": STRONGEST, "inner": INNER}
 
 
 def predict(
