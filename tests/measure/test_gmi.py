@@ -20,6 +20,7 @@ from unisonde.measure import (
     information_at_one,
     v_information,
 )
+from unisonde.measure.gmi import best_tilt
 
 
 def sample(n: int, k: int, strength: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,6 +115,56 @@ def test_a_perfect_score_reaches_the_entropy_of_the_answers() -> None:
     assert gmi(ruled_out, labels).value == pytest.approx(math.log2(3), abs=1e-9)
 
 
+@pytest.mark.parametrize(("n", "k", "strength", "doubt"), [(12, 3, 1.0, 1.0), (40, 5, 0.3, 2.5), (6, 2, 8.0, 1.0)])
+def test_doubt_is_items_of_which_nothing_is_known(n: int, k: int, strength: float, doubt: float) -> None:
+    """The same as further rows, one an answer, that weigh what the prior says."""
+    scores, labels = (torch.from_numpy(x) for x in sample(n, k, strength, 3))
+    scores[0, (labels[0] + 1) % k] = -math.inf
+    prior = torch.arange(1.0, k + 1, dtype=torch.float64) / sum(range(1, k + 1))
+    unknown = torch.where(scores.isfinite(), doubt * prior / n, 0.0)
+    rows, right = torch.cat([scores, scores.repeat_interleave(k, 0)]), torch.cat([labels, torch.arange(k).repeat(n)])
+    weights = torch.cat([torch.ones(n, dtype=torch.float64), unknown.reshape(-1)])
+    found = best_tilt(scores, labels, prior.log(), doubt=doubt)
+    assert 0 < found == pytest.approx(best_tilt(rows, right, prior.log(), weights), rel=1e-9)
+    assert found < best_tilt(scores, labels, prior.log())
+
+
+def test_of_many_items_the_unknown_one_is_of_no_account() -> None:
+    scores, labels = sample(60, 4, 1.0, 0)
+    best = gmi(scores, labels, folds=1).s
+    assert 0.8 * best < gmi(scores, labels, folds=1, doubt=1.0).s < best
+    assert gmi(np.tile(scores, (50, 1)), np.tile(labels, 50), folds=1, doubt=1.0).s == pytest.approx(best, rel=5e-3)
+
+
+@pytest.mark.parametrize("steepness", [0.1, 1.0, 30.0])
+def test_with_doubt_one_mistake_does_not_cost_all_that_is_known(steepness: float) -> None:
+    """The fold without the mistake has no best tilt: without doubt, the other pays for it."""
+    said = np.arange(100) % 4
+    labels = said.copy()
+    labels[17] = (labels[17] + 1) % 4
+    scores = steepness * np.eye(4)[said]
+    plain, doubted = gmi(scores, labels, folds=5), gmi(scores, labels, folds=5, doubt=1.0)
+    assert min(plain.contributions) < -20 and -8 < min(doubted.contributions) < -3
+    assert plain.value < 1.75 and 1.7 < doubted.value < 2.0
+    assert gmi_test(scores, labels, folds=5, permutations=3, doubt=1.0).value == doubted.value
+    lost = calibration_loss(scores, labels, folds=5, doubt=1.0).value
+    assert lost == pytest.approx(doubted.value - information_at_one(scores, labels).value)
+
+
+@pytest.mark.parametrize(("n", "k", "doubt"), [(12, 3, 1.0), (100, 4, 0.5), (5, 2, 3.0)])
+def test_the_tilt_of_items_without_a_mistake_is_as_sure_as_they_are_many(n: int, k: int, doubt: float) -> None:
+    """By hand: n items right and d unknown are right in (n + d / K) of n + d, which is where e^s = 1 + nK / d."""
+    labels = np.arange(n) % k
+    assert gmi(2.0 * np.eye(k)[labels], labels, "uniform", folds=1, doubt=doubt).s == pytest.approx(math.log(1 + n * k / doubt) / 2)
+
+
+def test_doubt_where_every_wrong_answer_was_ruled_out() -> None:
+    """Nothing else is possible, so nothing is unknown, whatever number the right answer has."""
+    labels = np.arange(9) % 3
+    ruled_out = np.where(np.eye(3)[labels] > 0, -3.7, -np.inf)
+    assert gmi(ruled_out, labels, folds=3, doubt=1.0).value == pytest.approx(math.log2(3), abs=1e-9)
+
+
 def test_a_right_answer_that_was_ruled_out() -> None:
     scores = np.array([[0.0, -np.inf], [0.0, -np.inf], [-np.inf, 0.0]])
     e = gmi(scores, [0, 1, 1], folds=1)
@@ -173,6 +224,8 @@ def test_equation_3_as_printed_is_never_positive(samples: list[tuple[float, int]
         (np.zeros((2, 2)), [0, 1], {"prior": "flat"}, "uniform"),
         (np.zeros((2, 2)), [0, 1], {"folds": 3}, "folds"),
         (np.zeros((2, 2)), [0, 1], {"folds": 0}, "folds"),
+        (np.zeros((2, 2)), [0, 1], {"doubt": -1.0}, "doubt must be a number of samples, 0 or more, got -1.0"),
+        (np.zeros((2, 2)), [0, 1], {"doubt": math.nan}, "got nan"),
     ],
 )
 def test_bad_input_is_refused(scores: np.ndarray, labels: list[float], options: dict[str, object], says: str) -> None:

@@ -9,6 +9,9 @@ coding, at most I(A; Z). E i_s is concave in s, so the search is one-dimensional
 family of tempered, prior-corrected decoders P(a) q(a | z)^s / Z. s is fitted on some folds and the information taken on the others:
 fitted and taken on the same samples it is biased upwards. Held-out values may be negative and are not clamped.
 
+Samples without a mistake have no best s, and believed without end, the first mistake among others costs hundreds of bits. Where samples
+are few, `doubt` bounds s: it is fitted with so many samples more of which nothing is known.
+
 The equation printed in "Modality Collapse as Mismatched Decoding" (eq. 3) draws its alternatives given the answer and fixes s = 1;
 by Jensen's inequality it is never positive. It is here under a name that says so.
 """
@@ -49,7 +52,9 @@ class Gmi(Estimate):
         return f"{super().__repr__()[:-1]}, s={self.s:.4g})"
 
 
-def gmi(log_scores: Array, labels: Array, prior: Array | str | None = None, folds: int = 2, seed: int = 0) -> Gmi:
+def gmi(
+    log_scores: Array, labels: Array, prior: Array | str | None = None, folds: int = 2, seed: int = 0, doubt: float = 0.0
+) -> Gmi:
     """The generalised mutual information of log-scores `(N, K)` and labels `(N,)`, in bits, cross-fitted.
 
     Args:
@@ -58,6 +63,8 @@ def gmi(log_scores: Array, labels: Array, prior: Array | str | None = None, fold
         prior: P(a): None for the frequencies of `labels`, `uniform`, or K weights.
         folds: s is fitted on all but one fold and the information taken on that one. 1 fits and takes on the same samples.
         seed: of the division into folds, which hold each answer in equal parts.
+        doubt: s is fitted with so many samples more of which nothing is known: scores like those of the others, and any answer right,
+            by the prior. 0 is the plain estimate; 1 where s may be fitted on samples without a mistake.
 
     To take representations as codewords (alternatives z' for a fixed answer), pass the scores of answer i under representation j
     as row i, `labels = range(N)` and `prior="uniform"`.
@@ -70,12 +77,14 @@ def gmi(log_scores: Array, labels: Array, prior: Array | str | None = None, fold
     n = len(right)
     if isinstance(folds, bool) or not isinstance(folds, int) or not 1 <= folds <= n:
         raise ValueError(f"folds must be an integer from 1 to the number of samples ({n}), got {folds!r}")
+    if not 0 <= doubt < math.inf:
+        raise ValueError(f"doubt must be a number of samples, 0 or more, got {doubt!r}")
     fold = _deal(right, folds, seed)
     held = scores.new_empty(n)
     for index in range(folds):
         inside = fold == index
         fit = inside if folds == 1 else ~inside
-        s = best_tilt(scores[fit], right[fit], log_prior)
+        s = best_tilt(scores[fit], right[fit], log_prior, doubt=doubt)
         held[inside] = information(s, scores[inside], right[inside], log_prior)
     ceiling = float(-log_prior[right].mean()) / _LN2
     bits = held / _LN2
@@ -86,7 +95,7 @@ def gmi(log_scores: Array, labels: Array, prior: Array | str | None = None, fold
         n=n,
         units="bits",
         method="cross-fitted" if folds > 1 else "in-sample",
-        s=best_tilt(scores, right, log_prior),
+        s=best_tilt(scores, right, log_prior, doubt=doubt),
         folds=folds,
         contributions=tuple(bits.tolist()),
     )
@@ -99,9 +108,11 @@ def information_at_one(log_scores: Array, labels: Array, prior: Array | str | No
     return Estimate(float(bits.mean()), float(-log_prior[right].mean()) / _LN2, _standard_error(bits), len(right), "bits", "exact")
 
 
-def calibration_loss(log_scores: Array, labels: Array, prior: Array | str | None = None, folds: int = 2, seed: int = 0) -> Estimate:
+def calibration_loss(
+    log_scores: Array, labels: Array, prior: Array | str | None = None, folds: int = 2, seed: int = 0, doubt: float = 0.0
+) -> Estimate:
     """What the best tilt recovers, GMI less the information at s = 1, in bits; zero for a calibrated decoder."""
-    tilted = gmi(log_scores, labels, prior, folds, seed)
+    tilted = gmi(log_scores, labels, prior, folds, seed, doubt)
     scores, right, log_prior = _checked(log_scores, labels, prior)
     plain = information(1.0, scores, right, log_prior) / _LN2
     differences = torch.tensor(tilted.contributions, dtype=torch.float64) - plain.cpu()
@@ -109,15 +120,21 @@ def calibration_loss(log_scores: Array, labels: Array, prior: Array | str | None
 
 
 def gmi_test(
-    log_scores: Array, labels: Array, prior: Array | str | None = None, folds: int = 2, seed: int = 0, permutations: int = 199
+    log_scores: Array,
+    labels: Array,
+    prior: Array | str | None = None,
+    folds: int = 2,
+    seed: int = 0,
+    permutations: int = 199,
+    doubt: float = 0.0,
 ) -> Tested:
     """`gmi` against labels dealt anew to the scores, in bits."""
-    observed = gmi(log_scores, labels, prior, folds, seed)
+    observed = gmi(log_scores, labels, prior, folds, seed, doubt)
     _, right, log_prior = _checked(log_scores, labels, prior)
     generator = torch.Generator().manual_seed(seed)
     weights = log_prior.exp()
     null = [
-        gmi(log_scores, right[torch.randperm(len(right), generator=generator).to(right.device)], weights, folds, seed).value
+        gmi(log_scores, right[torch.randperm(len(right), generator=generator).to(right.device)], weights, folds, seed, doubt).value
         for _ in range(permutations)
     ]
     mean = math.fsum(null) / len(null)
@@ -187,8 +204,12 @@ def information(s: float, scores: Tensor, labels: Tensor, log_prior: Tensor) -> 
     return s * scores.gather(1, labels[:, None])[:, 0] - torch.logsumexp(s * scores + log_prior, dim=1)
 
 
-def best_tilt(scores: Tensor, labels: Tensor, log_prior: Tensor, weights: Tensor | None = None) -> float:
-    """The s >= 0 that maximises the (weighted) mean of `information`: the root of its derivative, which falls in s."""
+def best_tilt(scores: Tensor, labels: Tensor, log_prior: Tensor, weights: Tensor | None = None, doubt: float = 0.0) -> float:
+    """The s >= 0 that maximises the (weighted) mean of `information`: the root of its derivative, which falls in s.
+
+    `doubt` is the number of further samples of which nothing is known: scores like those of the others, any answer that is not ruled
+    out right, by the prior.
+    """
     weights = torch.full_like(scores[:, 0], 1.0 / len(scores)) if weights is None else weights / weights.sum()
     counted = weights > 0
     scores, labels, weights = scores[counted], labels[counted], weights[counted]
@@ -196,18 +217,20 @@ def best_tilt(scores: Tensor, labels: Tensor, log_prior: Tensor, weights: Tensor
     if not bool(torch.isfinite(right).all()):
         # A right answer that was ruled out costs infinitely much at every s but 0.
         return 0.0
-    finite = torch.where(torch.isfinite(scores), scores, right[:, None])
     possible = torch.isfinite(scores) & torch.isfinite(log_prior)
+    gaps = torch.where(torch.isfinite(scores), scores - right[:, None], 0.0)
+    unsaid = torch.where(possible, log_prior.exp(), 0.0) * (doubt / len(scores))
+    unknown, weights = (unsaid * gaps).sum(dim=1) / (1.0 + unsaid.sum(dim=1)), weights * (1.0 + unsaid.sum(dim=1))
 
     def slope(s: float) -> float:
-        tilted = torch.softmax(torch.where(possible, s * finite + log_prior, -torch.inf), dim=1)
+        tilted = torch.softmax(torch.where(possible, s * gaps + log_prior, -torch.inf), dim=1)
         # An answer of prior zero is no alternative; if none is left, nothing competes.
-        return float(weights @ (right - (tilted.nan_to_num(0.0) * finite).sum(dim=1)))
+        return float(weights @ (unknown - (tilted.nan_to_num(0.0) * gaps).sum(dim=1)))
 
     if slope(0.0) <= 0.0:
         # Where wrong answers were ruled out, the information jumps at s = 0 and the supremum is the limit from above.
         return 0.0 if bool(torch.isfinite(scores).all()) else _BARELY
-    low, high = 0.0, 1.0 / float((finite - right[:, None]).abs().max())
+    low, high = 0.0, 1.0 / float(gaps.abs().max())
     while (rise := slope(high)) > 0.0:
         if rise * high < _ARRIVED:
             return high

@@ -12,7 +12,7 @@ from known import balanced, folder_of, recordings
 from unisonde.measure import gmi as one_number
 from unisonde.measure.gmi import best_tilt
 from unisonde.study.decoding.features import Hook, collect
-from unisonde.study.decoding.gmi import Scores, collect_scores, gmi, held_out, learnt_tilt, lost
+from unisonde.study.decoding.gmi import Scores, collect_scores, gmi, held_out, lost
 from unisonde.study.decoding.splits import Split, splits
 
 N, ANSWERS = 120, ("no.", "yes.")
@@ -92,7 +92,7 @@ def test_the_tilt_has_not_seen_what_it_is_judged_by() -> None:
         found = held_out(scores, labels, outer)
         log_prior = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
         for split, tilt in zip(outer, found.tilts, strict=True):
-            assert tilt == learnt_tilt(torch.tensor(scores[split.train]), torch.tensor(labels[split.train]), log_prior)
+            assert tilt == best_tilt(torch.tensor(scores[split.train]), torch.tensor(labels[split.train]), log_prior, doubt=1.0)
         means.append(found.bits.mean())
         seen = held_out(scores, labels, [Split(split.test, split.test) for split in outer]).bits.mean()
         assert seen >= found.bits.mean() and seen >= -1e-12
@@ -111,15 +111,6 @@ def test_one_mistake_does_not_cost_all_that_is_known() -> None:
     # Ruled out answers have no part in what is not known.
     ruled = np.where(np.eye(4)[labels] > 0, 0.0, -np.inf)
     assert held_out(ruled, labels, outer).bits == pytest.approx(2.0)
-
-
-def test_of_many_items_the_unknown_one_is_of_no_account() -> None:
-    labels, _, scores = scene(0.7)
-    prior = torch.tensor(np.bincount(labels) / len(labels)).log()
-    many = torch.tensor(scores).repeat(50, 1), torch.tensor(labels).repeat(50)
-    few = learnt_tilt(torch.tensor(scores), torch.tensor(labels), prior)
-    best = best_tilt(*many, prior)
-    assert learnt_tilt(*many, prior) == pytest.approx(best, rel=2e-3) and 0.8 * best < few < best
 
 
 def test_a_binary_symmetric_channel() -> None:

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 
 from unisonde.data.catalogue import data_digest
 from unisonde.data.item import Item
@@ -111,7 +110,8 @@ class Information:
 def held_out(scores: np.ndarray, labels: np.ndarray, outer: Sequence[Split]) -> Information:
     """The information of log-scores (n, K) about numbered labels (n,), s fitted on the training part of each split.
 
-    The prior is the shares of the labels, as for the V-information of a probe. See `learnt_tilt` for how s is fitted.
+    The prior is the shares of the labels, as for the V-information of a probe. Items are few, and some decoders make no mistake on those
+    of a split, so s is fitted with one item more of which nothing is known.
     """
     values, right = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(labels)
     log_prior = (torch.bincount(right, minlength=values.shape[1]).double() / len(right)).log()
@@ -119,25 +119,10 @@ def held_out(scores: np.ndarray, labels: np.ndarray, outer: Sequence[Split]) -> 
     tilts = []
     for split in outer:
         train, test = torch.as_tensor(split.train), torch.as_tensor(split.test)
-        tilts.append(learnt_tilt(values[train], right[train], log_prior))
+        tilts.append(best_tilt(values[train], right[train], log_prior, doubt=UNKNOWN))
         bits[test] = information(tilts[-1], values[test], right[test], log_prior)
     plain = information(1.0, values, right, log_prior)
     return Information((bits / LN2).numpy(), (plain / LN2).numpy(), tuple(tilts))
-
-
-def learnt_tilt(scores: Tensor, labels: Tensor, log_prior: Tensor) -> float:
-    """The best tilt of n items (n, K) and of one more of which nothing is known: scores like those of the others, and any answer right,
-    by the prior.
-
-    Items without a mistake among them have no best tilt, and believed without end, the first mistake among others would cost
-    hundreds of bits. Of many items the one more is of no account.
-    """
-    count, answers = scores.shape
-    unknown = UNKNOWN * log_prior.exp().expand(count, answers) / count
-    unknown = torch.where(torch.isfinite(scores), unknown, 0.0).reshape(-1)
-    weights = torch.cat([scores.new_ones(count), unknown])
-    rows = torch.cat([scores, scores.repeat_interleave(answers, 0)])
-    return best_tilt(rows, torch.cat([labels, torch.arange(answers).repeat(count)]), log_prior, weights)
 
 
 def gmi(
