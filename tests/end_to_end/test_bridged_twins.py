@@ -162,7 +162,7 @@ def test_recordings_that_cannot_be_heard_are_one_sentence(
         (
             ["a", "a", "a", "a", "b", "b", "b"],
             ["--folds", "2", "--group", "who"],
-            "the label 'a' is in 1 groups, fewer than the 2 folds",
+            "the label 'a' is in 1 group, fewer than the 2 folds",
         ),
         (["yes", "yes", "yes. no", "yes. no"], ["--folds", "2"], "the answer 'yes. no.' begins with the answer 'yes.'"),
     ],

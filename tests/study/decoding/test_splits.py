@@ -41,7 +41,7 @@ def test_the_seed_decides() -> None:
         (["a"] * 9 + ["b"], None, 2, "the label 'b' has one example, which cannot be both learned from and tested"),
         (["a"] * 9 + ["b"] * 2, None, 3, "the label 'b' is in 2 examples, fewer than the 3 folds.*take 2 folds"),
         (["a", "b"] * 6, ["x", "x", "y", "y"] * 3, 3, "'a' is in 2 groups, fewer than the 3 folds"),
-        (["a"] * 6 + ["b"] * 6, ["x", "y", "z"] * 2 + ["w"] * 6, 2, "'b' is in 1 groups.*group by something else"),
+        (["a"] * 6 + ["b"] * 6, ["x", "y", "z"] * 2 + ["w"] * 6, 2, "'b' is in 1 group.*group by something else"),
         (["a", "b"] * 3, ["x"] * 5, 2, "6 labels and 5 groups"),
         (["a", "b"] * 3, None, 1, "2 or more folds, got 1"),
         # Each label is in two groups, and yet x and y together hold all of them or none.

@@ -57,7 +57,7 @@ def splits(
         if examples == 1:
             raise ValueError(f"the label {name!r} has one example, which cannot be both learned from and tested; leave it out")
         if places < folds:
-            what = "examples" if groups is None else "groups"
+            what = "examples" if groups is None else "group" if places == 1 else "groups"
             remedy = f"take {places} folds" if places > 1 else "group by something else, or leave it out"
             raise ValueError(
                 f"the label {name!r} is in {places} {what}, fewer than the {folds} folds, so a split would leave it out; {remedy}"
