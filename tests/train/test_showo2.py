@@ -25,7 +25,7 @@ from unisonde.train.tabletop_batches import example
 from .sixteen import CAPTIONS, DRAWINGS, ITEMS, REQUEST, SCENES
 
 DECODER = Schedule(steps=250, rate=2e-3, warmup=20, weight_decay=0.0)
-JOINT = Schedule(steps=500, rate=2e-3, warmup=20, weight_decay=0.0, matrix_rate=0.02)
+JOINT = Schedule(steps=800, rate=2e-3, warmup=20, weight_decay=0.0, matrix_rate=0.02)
 
 
 @pytest.fixture(scope="module")
