@@ -8,9 +8,10 @@ import numpy as np
 import polars as pl
 import pytest
 from known import balanced, folder_of, recordings
+from scipy.stats import f_oneway
 
 from unisonde.study.decoding.features import ADAPTER_OUT, Hook
-from unisonde.study.decoding.probes import STRENGTHS, STRONGEST, Predictions, predict, probes, shuffled
+from unisonde.study.decoding.probes import STRENGTHS, STRONGEST, Predictions, explained, predict, probes, shuffled
 from unisonde.study.decoding.splits import splits
 
 LAST = Hook("llm", 3)
@@ -118,6 +119,29 @@ def test_bits_are_against_the_shares_of_the_labels() -> None:
     assert Predictions(same, labels, (1.0,), (1.0,)).hits.tolist() == [1, 1, 1, 0]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_variance_that_labels_explain_is_that_of_the_f_test(seed: int) -> None:
+    """Of one dimension, omega squared follows from scipy's F; of many, it is that of their sums of squares."""
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([[0, 1, 2, 2], rng.integers(3, size=30)])
+    x = rng.normal(size=(34, 4)) * [1.0, 3.0, 0.1, 1e-3] + 1e3 + 0.5 * labels[:, None]
+    for column in x.T:
+        between = 2 * (f_oneway(*(column[labels == k] for k in range(3))).statistic - 1)
+        assert explained(column[:, None], labels) == pytest.approx(between / (between + 34), rel=1e-9)
+    assert explained(x * 7 - 3, labels) == pytest.approx(explained(x, labels), rel=1e-9)
+    assert explained(np.tile(x[:, :1], 5), labels) == pytest.approx(explained(x[:, :1], labels), rel=1e-9)
+    # Axes count by their variance: the second has nearly all of it.
+    assert explained(x * [1, 100, 1, 1], labels) == pytest.approx(explained(x[:, 1:2], labels), rel=0.02)
+
+
+def test_labels_of_no_account_explain_nothing() -> None:
+    labels = balanced(24, 3)
+    dealt = [explained(planted(labels, 50, 0.0, seed), labels) for seed in range(200)]
+    assert abs(np.mean(dealt)) < 4 * np.std(dealt) / math.sqrt(200) < 0.005 and min(dealt) < 0 < max(dealt)
+    assert explained(np.ones((24, 5)), labels) == 0.0
+    assert explained(np.eye(3, 7)[labels], labels) == pytest.approx(1.0)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     labels = balanced(60, 3)
@@ -139,6 +163,7 @@ def test_the_table_of_a_planted_label(made, tmp_path) -> None:
     assert (
         abs(adapter["null_accuracy"] - 1 / 3) < 0.2 and adapter["null_v_information"] < 0.1 and adapter["p"] == pytest.approx(1 / 3)
     )
+    assert adapter["explained"] > 0.5 > first["explained"] > 0.1 > abs(last["explained"])
     assert found.interval.value == last["v_information"] and found.interval.low <= found.interval.value <= found.interval.high
     assert found.sentence.startswith(
         "At layer 3 of llm of synthetic, a linear probe reads pitch (3 labels, 60 items, held out by group)"

@@ -9,7 +9,9 @@ it linear, keeps what it knows where regularisation alone would have to give it 
 - retention: its accuracy above that chance, as a share of what it is at the adapter's output;
 - the V-information of the linear family, H(A) less the cross-entropy on held-out items (Xu et al. 2020), in bits: an estimate
   from below of what is linearly there, in the unit in which the decoder's use of it is measured (`unisonde.study.decoding.gmi`);
-- the same under shuffled labels.
+- the same under shuffled labels;
+- the share of the vectors' variance that the attribute explains. A probe sees standardised vectors and finds what is faint, too; a
+  decoder takes them as they are.
 
 The probes of "Modality Collapse as Mismatched Decoding" (arXiv 2602.23136) take one fixed regularisation, ungrouped splits and
 1 / K for chance, and report ratios of accuracies; 1 / K is in the table too (`uniform`).
@@ -170,6 +172,24 @@ def shuffled(labels: np.ndarray, groups: np.ndarray | None, outer: Sequence[Spli
     raise ValueError("a label is too rare to be dealt anew to the splits; leave it out")
 
 
+def explained(x: np.ndarray, labels: np.ndarray) -> float:
+    """The share of the variance of vectors (n, d), summed over dimensions, that numbered labels (n,) explain, less what chance explains.
+
+    Omega squared (Hays, Statistics for Psychologists, 1963), with traces in place of squares: near zero, on either side, where labels
+    explain nothing.
+    """
+    x = x - x.mean(0, dtype=np.float64)
+    n, k = len(x), int(labels.max()) + 1
+    sizes = np.bincount(labels, minlength=k)
+    sums = np.zeros((k, x.shape[1]))
+    np.add.at(sums, labels, x)
+    total, between = float((x**2).sum()), float(((sums**2).sum(1) / sizes).sum())
+    if total == 0.0:
+        return 0.0
+    within = (total - between) / (n - k)
+    return (between - (k - 1) * within) / (total + within)
+
+
 def probes(
     features: Features,
     attribute: str,
@@ -196,7 +216,7 @@ def probes(
         A table with one row a hook: `accuracy`, `accuracy_low`, `accuracy_high`, `uniform` (1 / K), `chance` (share of the
         commonest label), `times`, `retention` (null where there is no adapter, or it is at chance), `v_information` with `v_low`,
         `v_high`, `ceiling` (the entropy of the labels) in bits, `null_accuracy`, `null_v_information`, `p` of the accuracy
-        against the null, `strength`, `tilt`.
+        against the null, `strength`, `tilt`, `explained` (share of the variance).
 
     Raises:
         ValueError: the attribute or the group is unknown, or a label is too rare (`splits`).
@@ -222,7 +242,8 @@ def probes(
 
     wanted = ticking(places, f"probes of {attribute}", progress)
     table = pl.concat([steps.table(hook.column.replace(":", "-"), partial(read, hook)) for hook in wanted])
-    table = _with_retention(table)
+    shares = [explained(features.at(hook), labels) for hook in places]
+    table = _with_retention(table).with_columns(pl.Series("explained", shares, dtype=pl.Float64))
     last = features.last if features.last in places else places[-1]
     return Finding(table, *_sentence(table, last, names, group), {"group": group, "folds": folds, "seconds": steps.seconds})
 
