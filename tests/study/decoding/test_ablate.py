@@ -111,6 +111,11 @@ def test_on_a_tiny_model(model, tmp_path) -> None:
     raw = table.filter(condition="specific", centring="raw").row(0, named=True)
     assert raw["loss"] != pytest.approx(row["loss"], rel=1e-6)
     assert "changes the loss of the response by" in first.sentence and "in 2 draws" in first.sentence
+    assert (
+        f"Right answers go from {table['accuracy'][0]:.0%} to {row['accuracy']:.0%}; the commonest alone gets 50%."
+        in first.sentence
+    )
+    assert table["chance"].unique().to_list() == [0.5]
     next((tmp_path / "a").rglob("random-raw-001.parquet")).unlink()
     assert run().table.equals(table)
     # Outside, the model is as before.
@@ -119,7 +124,9 @@ def test_on_a_tiny_model(model, tmp_path) -> None:
 
 def test_without_answers_there_is_loss_alone(model) -> None:
     found = made([3.0, 2.0], [True, False], width=model.language_model.config.hidden_size)
-    table = ablate(model, recordings(2), ["ann", "bob"], found, draws=0, resamples=20, progress=False).table
+    made_of = ablate(model, recordings(2), ["ann", "bob"], found, draws=0, resamples=20, progress=False)
+    table = made_of.table
+    assert "Right answers" not in made_of.sentence and table["chance"].null_count() == 7
     assert table["accuracy"].null_count() == len(table) == 7 and table["loss"].is_finite().all()
 
 
@@ -127,6 +134,7 @@ def test_without_responses_the_right_answer_is_the_response(model) -> None:
     found = made([3.0, 2.0], [True, False], width=model.language_model.config.hidden_size)
     items, answers, labels = recordings(3), ["ann.", "bob is here."], [0, 1, 0]
     table = ablate(model, items, None, found, answers=answers, labels=labels, draws=0, resamples=20, progress=False).table
+    assert table["chance"].unique().to_list() == [pytest.approx(2 / 3)]
     by_hand = model.response_loss(items, [answers[label] for label in labels]).mean().item()
     assert table["loss"][0] == pytest.approx(by_hand, rel=1e-5) and table["accuracy"].null_count() == 0
     with pytest.raises(ValueError, match="nothing to score; give responses, or answers with labels"):

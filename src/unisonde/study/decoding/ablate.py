@@ -151,7 +151,7 @@ def ablate(
     Returns:
         A table with one row a condition: `modes` (how many are removed), `share` of the variance that they hold, `loss` (nats a
         token), `loss_change` against the whole features with `loss_low`, `loss_high` and `loss_p` (signs flipped); with answers
-        `accuracy`, `accuracy_change`, `accuracy_low`, `accuracy_high`, else nulls.
+        `accuracy`, `accuracy_change`, `accuracy_low`, `accuracy_high` and `chance` (share of the commonest label), else nulls.
 
     Raises:
         ValueError: items do not fit responses or labels, or there is nothing to compare (`conditions`).
@@ -187,7 +187,8 @@ def ablate(
         }
         row |= {"share": float(found.variances[list(c.modes)].sum() / found.total), "n": len(items), "seed": seed}
         rows.append(row | _changes(own, whole, c.name == WHOLE, groups, resamples, seed))
-    table = pl.DataFrame(rows, infer_schema_length=None)
+    chance = None if labels is None else float(np.bincount(labels).max() / len(labels))
+    table = pl.DataFrame(rows, infer_schema_length=None).with_columns(pl.lit(chance, dtype=pl.Float64).alias("chance"))
     return Finding(table, *_sentence(table), {"judged": len(items), "draws": draws, "seconds": steps.seconds})
 
 
@@ -307,8 +308,12 @@ def _sentence(table: pl.DataFrame) -> tuple[str, Interval]:
     drawn = recentred.filter(pl.col("condition") == "random")["loss_change"].to_list()
     if drawn:
         others.append(f"random ones {min(drawn):+.3f} to {max(drawn):+.3f} in {len(drawn)} draw{'s' if len(drawn) > 1 else ''}")
+    answered = ""
+    if row["accuracy"] is not None:
+        before = table["accuracy"][0]
+        answered = f" Right answers go from {before:.0%} to {row['accuracy']:.0%}; the commonest alone gets {row['chance']:.0%}."
     return (
         f"Removing the variation along the {row['modes']} modality-specific directions of {row['model']} ({row['share']:.0%} of the "
-        f"variance) changes the loss of the response by {said(change, '{:+.3f}')} nats a token; {', '.join(others)}.",
+        f"variance) changes the loss of the response by {said(change, '{:+.3f}')} nats a token; {', '.join(others)}.{answered}",
         change,
     )
