@@ -1,0 +1,87 @@
+"""Does a decoder learn texture once it is as strong as all else? `python benchmarks/equal_scale.py [--pictures N] [--steps N]`.
+
+A probe finds the texture of a picture at the adapter of `vision-smollm-masked`, and LoRA on the decoder does not make it usable; texture
+explains next to nothing of the variance of what the adapter hands on. Here the decoder learns from the same pictures twice: with the
+features as they are, and with all their principal directions brought to the same variance (whitened; their mean and their total variance
+stay). A whitening mixes linearly what a linear probe could mix as well, so it adds nothing to what is there. It takes about an hour a
+seed on one core, half of it for the control. The result is in docs/decoding.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import unisonde
+from unisonde.data.item import Item
+from unisonde.data.tabletop import textured
+from unisonde.models.bridged import Bridged
+from unisonde.study.decoding.lora import Objective, Question, lora
+from unisonde.train.loop import Schedule
+from unisonde.train.lora import LoraRecipe
+
+LEARNT, CONTROL = "texture", "colour"
+FAINTEST = 1e-6
+"""Directions with a smaller share of the largest variance than this are not brought up further."""
+
+
+def whitening(vectors: Tensor) -> Callable[[Tensor], Tensor]:
+    """The edit of features that brings all principal directions of vectors (n, d) to one variance and keeps their mean and their sum."""
+    mean = vectors.mean(0)
+    variances, directions = torch.linalg.eigh(torch.cov((vectors - mean).T))
+    variances = variances.clamp(min=FAINTEST * variances.max())
+    scale = (variances.sum() / len(variances)).sqrt() / variances.sqrt()
+    mixing = (directions * scale) @ directions.T
+    return lambda features: ((features.double() - mean) @ mixing + mean).to(features.dtype)
+
+
+def handed_on(model: Bridged, items: list[Item]) -> Tensor:
+    """The adapter's features of items, position by position (n, d)."""
+    features = [model.ahead(model.prepare(item, 0)).features for item in items]
+    return torch.cat([one[0] for one in features if one is not None]).double()
+
+
+def about(items: list[Item], attribute: str) -> tuple[list[Item], list[str], list[int]]:
+    """Items with a question, its answers, and the number of the right one of each."""
+    answers = sorted({f"{item.labels[attribute]}." for item in items})
+    names = ", ".join(answer.rstrip(".") for answer in answers)
+    asked = [replace(item, prompt=f"What is the {attribute}? Answer with one of: {names}.") for item in items]
+    return asked, answers, [answers.index(f"{item.labels[attribute]}.") for item in items]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0].partition("`")[0])
+    parser.add_argument("--pictures", type=int, default=2400, help="to learn from")
+    parser.add_argument("--judged", type=int, default=152)
+    parser.add_argument("--steps", type=int, default=300, help="of 8 pictures")
+    parser.add_argument("--seeds", type=int, default=2)
+    given = parser.parse_args()
+
+    model = unisonde.load("vision-smollm-masked")
+    assert isinstance(model, Bridged)
+    learnt, judged = textured.items(split="train", seed=7, count=given.pictures), textured.items(count=given.judged)
+
+    def objective(attribute: str) -> Objective:
+        asked, answers, right = about(learnt, attribute)
+        return Objective(attribute, asked, [answers[k] for k in right])
+
+    def question(attribute: str) -> Question:
+        asked, answers, right = about(judged, attribute)
+        return Question(attribute, asked, answers, right, [str(item.labels["layout"]) for item in judged])
+
+    recipe = LoraRecipe(schedule=Schedule(given.steps, rate=1e-3, warmup=12))
+    equal = model.edited(whitening(handed_on(model, learnt)))
+    for what, edited in (("features as they are", nullcontext()), ("all directions at one variance", equal)):
+        with edited:
+            questions = [question(name) for name in (LEARNT, CONTROL)]
+            found = lora(model, objective(LEARNT), objective(CONTROL), questions, seeds=given.seeds, recipe=recipe, folds=3)
+        print(f"{what}: {found.sentence}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
