@@ -96,14 +96,6 @@ def test_shuffled_labels_leave_the_others_room(experiments: Results) -> None:
             assert set(null.y) == {-0.15 * math.log2(10)} and set(null.hover) == {"shuffled labels: −5.00 bits"}
 
 
-def test_the_table_of_probes_says_what_variance_is_explained(experiments: Results) -> None:
-    """Where it was taken; experiments of an earlier release go without."""
-    before = section(experiments, 1, None)
-    table = experiments.tables["probes"].with_columns(explained=pl.lit(0.0846))
-    after = section(replace(experiments, tables={**experiments.tables, "probes": table}), 1, None)
-    assert before.count("8.5 %") == 0 < after.count("8.5 %") == before.count("–") - after.count("–")
-
-
 def test_modes_and_their_share(experiments: Results) -> None:
     share, spectrum = grids(experiments, 1)["directions"].axes
     found = rows(experiments, "directions", mode=0)

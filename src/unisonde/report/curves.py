@@ -240,6 +240,6 @@ def number(value: float | None, digits: int = 2) -> str:
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
-def percent(share: float | None, digits: int = 0) -> str:
-    """A share in per cent; a dash if there is none."""
-    return "–" if share is None else f"{number(100 * share, digits)} %"
+def percent(share: float | None) -> str:
+    """A share of the ceiling in per cent, without decimals; a dash if there is none."""
+    return "–" if share is None else f"{number(100 * share, 0)} %"

@@ -178,8 +178,7 @@ def _gmi(table: pl.DataFrame) -> str:
 
 def _probes(table: pl.DataFrame) -> str:
     """Each attribute where the encoder ends, where the adapter hands on, and where the decoder ends."""
-    measured = ("right", "chance", "1 / K", "times\nchance", "retention", "bits", "bits,\nshuffled", "p", "variance\nexplained")
-    heads = ("attribute", "where", *measured)
+    heads = ("attribute", "where", "right", "chance", "1 / K", "times\nchance", "retention", "bits", "bits,\nshuffled", "p")
     body = []
     for attribute in attributes(table):
         rows = rows_of(table, attribute)
@@ -196,7 +195,6 @@ def _probes(table: pl.DataFrame) -> str:
                     f"{spelled(row, 'v_information', 2, 'v_low', 'v_high')} of {number(row['ceiling'])}",
                     number(row["null_v_information"]),
                     number(row["p"]),
-                    percent(row.get("explained"), 1),  # experiments of before it was taken have none
                 )
             )
     return _table(heads, body)
