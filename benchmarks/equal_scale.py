@@ -10,9 +10,9 @@ seed on one core, half of it for the control. The result is in docs/decoding.md.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ import unisonde
 from unisonde.data.item import Item
 from unisonde.data.tabletop import textured
 from unisonde.models.bridged import Bridged
-from unisonde.study.decoding.lora import Objective, Question, lora
+from unisonde.study.decoding.experiments import Setting
+from unisonde.study.decoding.lora import Objective, lora
 from unisonde.train.loop import Schedule
 from unisonde.train.lora import LoraRecipe
 
@@ -40,18 +41,10 @@ def whitening(vectors: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda features: ((features.double() - mean) @ mixing + mean).to(features.dtype)
 
 
-def handed_on(model: Bridged, items: list[Item]) -> Tensor:
+def handed_on(model: Bridged, items: Sequence[Item]) -> Tensor:
     """The adapter's features of items, position by position (n, d)."""
     features = [model.ahead(model.prepare(item, 0)).features for item in items]
     return torch.cat([one[0] for one in features if one is not None]).double()
-
-
-def about(items: list[Item], attribute: str) -> tuple[list[Item], list[str], list[int]]:
-    """Items with a question, its answers, and the number of the right one of each."""
-    answers = sorted({f"{item.labels[attribute]}." for item in items})
-    names = ", ".join(answer.rstrip(".") for answer in answers)
-    asked = [replace(item, prompt=f"What is the {attribute}? Answer with one of: {names}.") for item in items]
-    return asked, answers, [answers.index(f"{item.labels[attribute]}.") for item in items]
 
 
 def main() -> None:
@@ -64,21 +57,21 @@ def main() -> None:
 
     model = unisonde.load("vision-smollm-masked")
     assert isinstance(model, Bridged)
-    learnt, judged = textured.items(split="train", seed=7, count=given.pictures), textured.items(count=given.judged)
+
+    def asking(items: list[Item]) -> Setting:
+        return Setting(model, items, (), Path(), (LEARNT, CONTROL), group="layout")
+
+    learnt = asking(textured.items(split="train", seed=7, count=given.pictures))
+    judged = asking(textured.items(count=given.judged))
 
     def objective(attribute: str) -> Objective:
-        asked, answers, right = about(learnt, attribute)
-        return Objective(attribute, asked, [answers[k] for k in right])
-
-    def question(attribute: str) -> Question:
-        asked, answers, right = about(judged, attribute)
-        return Question(attribute, asked, answers, right, [str(item.labels["layout"]) for item in judged])
+        return Objective(attribute, learnt.asked(attribute), [f"{learnt.label(item, attribute)}." for item in learnt.items])
 
     recipe = LoraRecipe(schedule=Schedule(given.steps, rate=1e-3, warmup=12))
-    equal = model.edited(whitening(handed_on(model, learnt)))
+    equal = model.edited(whitening(handed_on(model, learnt.items)))
     for what, edited in (("features as they are", nullcontext()), ("all directions at one variance", equal)):
         with edited:
-            questions = [question(name) for name in (LEARNT, CONTROL)]
+            questions = [judged.question(name) for name in judged.attributes]
             found = lora(model, objective(LEARNT), objective(CONTROL), questions, seeds=given.seeds, recipe=recipe, folds=3)
         print(f"{what}: {found.sentence}", flush=True)
 

@@ -219,13 +219,13 @@ def best_tilt(scores: Tensor, labels: Tensor, log_prior: Tensor, weights: Tensor
         return 0.0
     possible = torch.isfinite(scores) & torch.isfinite(log_prior)
     gaps = torch.where(torch.isfinite(scores), scores - right[:, None], 0.0)
-    unsaid = torch.where(possible, log_prior.exp(), 0.0) * (doubt / len(scores))
-    unknown, weights = (unsaid * gaps).sum(dim=1) / (1.0 + unsaid.sum(dim=1)), weights * (1.0 + unsaid.sum(dim=1))
+    unknown = torch.where(possible, log_prior.exp(), 0.0) * (doubt / len(scores))
+    rows, rewarded = 1.0 + unknown.sum(dim=1), (unknown * gaps).sum(dim=1)
 
     def slope(s: float) -> float:
         tilted = torch.softmax(torch.where(possible, s * gaps + log_prior, -torch.inf), dim=1)
         # An answer of prior zero is no alternative; if none is left, nothing competes.
-        return float(weights @ (unknown - (tilted.nan_to_num(0.0) * gaps).sum(dim=1)))
+        return float(weights @ (rewarded - rows * (tilted.nan_to_num(0.0) * gaps).sum(dim=1)))
 
     if slope(0.0) <= 0.0:
         # Where wrong answers were ruled out, the information jumps at s = 0 and the supremum is the limit from above.

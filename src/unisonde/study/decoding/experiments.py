@@ -101,6 +101,12 @@ class Setting:
         names = ", ".join(answer.rstrip(".") for answer in self.answers(attribute))
         return [replace(item, prompt=f"What is the {attribute}? Answer with one of: {names}.") for item in self.items]
 
+    def question(self, attribute: str) -> Question:
+        """The question about an attribute, with the right answers."""
+        answers = self.answers(attribute)
+        labels = [answers.index(f"{self.label(item, attribute)}.") for item in self.items]
+        return Question(attribute, self.asked(attribute), answers, labels, self.groups(attribute))
+
     def group_of(self, attribute: str) -> str | None:
         """The label by which items are kept together when an attribute is read, if there is one."""
         group = self.group.get(attribute) if isinstance(self.group, Mapping) else self.group
@@ -284,17 +290,12 @@ def _lora(given: Setting) -> list[Finding]:
         asked, end = (given.asked(name), ".") if name in given.attributes else (list(given.items), "")
         return Objective(name, [asked[k] for k in learnt], [given.label(given.items[k], name) + end for k in learnt])
 
-    def question(name: str) -> Question:
-        answers = rest.answers(name)
-        labels = [answers.index(f"{rest.label(item, name)}.") for item in rest.items]
-        return Question(name, rest.asked(name), answers, labels, rest.groups(name))
-
     return [
         lora(
             given.model,
             objective(attribute),
             objective(control),
-            [question(name) for name in given.attributes],
+            [rest.question(name) for name in given.attributes],
             folds=given.folds,
             seed=given.seed,
             out=given.out / f"lora-{attribute}",

@@ -40,7 +40,7 @@ from unisonde.study.decoding.splits import Split, splits
 CHUNK = 16
 """Items that are scored between two writings."""
 
-UNKNOWN = 1.0
+DOUBT = 1.0
 """Items of which nothing is known, beside those that a tilt is learnt from."""
 
 LN2 = math.log(2)
@@ -119,7 +119,7 @@ def held_out(scores: np.ndarray, labels: np.ndarray, outer: Sequence[Split]) -> 
     tilts = []
     for split in outer:
         train, test = torch.as_tensor(split.train), torch.as_tensor(split.test)
-        tilts.append(best_tilt(values[train], right[train], log_prior, doubt=UNKNOWN))
+        tilts.append(best_tilt(values[train], right[train], log_prior, doubt=DOUBT))
         bits[test] = information(tilts[-1], values[test], right[test], log_prior)
     plain = information(1.0, values, right, log_prior)
     return Information((bits / LN2).numpy(), (plain / LN2).numpy(), tuple(tilts))
@@ -170,7 +170,7 @@ def gmi(
     }
     settings |= {"attribute": attribute, "group": group, "folds": folds}
     settings |= {"scores": float(np.nan_to_num(scores.values, neginf=-1e9).sum())}
-    steps = Steps(out, {"experiment": "gmi"} | settings | {"draws": draws, "seed": seed, "probe": protocol(), "unknown": UNKNOWN})
+    steps = Steps(out, {"experiment": "gmi"} | settings | {"draws": draws, "seed": seed, "probe": protocol(), "doubt": DOUBT})
     constant = {"model": features.model, "data": features.data, "attribute": attribute, "group": group or "", "n": len(labels)}
     constant |= {"answers": len(scores.answers), "folds": folds, "seed": seed}
 

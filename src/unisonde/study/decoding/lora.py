@@ -36,7 +36,7 @@ from unisonde.measure import Interval
 from unisonde.models.bridged import Bridged, Prompted
 from unisonde.models.trace import hooked
 from unisonde.study.decoding.finding import Finding, Steps, said, ticking
-from unisonde.study.decoding.gmi import UNKNOWN, held_out
+from unisonde.study.decoding.gmi import DOUBT, held_out
 from unisonde.study.decoding.probes import predict, protocol
 from unisonde.study.decoding.splits import Split, coded, splits
 from unisonde.train.lora import Lesson, LoraRecipe, learn, require, tuned
@@ -130,7 +130,7 @@ def lora(
         for q in questions
     ]
     groups = [list(question.groups or ()) for question in questions]
-    steps = Steps(out, settings | {"folds": folds, "seed": seed, "groups": groups, "probe": protocol(), "unknown": UNKNOWN})
+    steps = Steps(out, settings | {"folds": folds, "seed": seed, "groups": groups, "probe": protocol(), "doubt": DOUBT})
     work = _Work(model, recipe, objective, control, questions, folds, seed, steps.folder, progress)
 
     names = [(BEFORE, seed)] + [(which, seed + k) for k in range(seeds) for which in ("attribute", "control")]
